@@ -1,0 +1,38 @@
+// Sizes that callers and launchers must agree on: pure functions of the shape.
+#pragma once
+
+#include "lora/lora.h"
+
+namespace pylora::lora {
+
+constexpr int64_t kWorkspaceAlignment = 64;
+
+constexpr int64_t align_up(int64_t bytes) {
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+/// Bytes of a [rows, columns] block of accumulators.
+constexpr int64_t block_bytes(const Shape& shape, int64_t rows, int64_t columns) {
+  return align_up(rows * columns * dtype_bytes(accumulator_dtype(shape.dtype)));
+}
+
+/// Both factors as [rank, width] rows of accumulators.
+constexpr int64_t forward_workspace_bytes(const Shape& shape) {
+  return block_bytes(shape, shape.rank, shape.in_features) +
+         block_bytes(shape, shape.rank, shape.out_features);
+}
+
+/// The factors, g, and the sums of da and db before they are rounded.
+constexpr int64_t backward_workspace_bytes(const Shape& shape) {
+  return 2 * forward_workspace_bytes(shape) + block_bytes(shape, shape.num_tokens, shape.rank);
+}
+
+/// Least work of a thread, in multiply-adds: waking a thread costs about 5 us, in which one does about
+/// 200,000.
+constexpr int64_t kGrainWork = 200000;
+
+constexpr int64_t grain(int64_t work_per_item) {
+  return work_per_item > 0 ? 1 + kGrainWork / work_per_item : 1;
+}
+
+}  // namespace pylora::lora
