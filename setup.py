@@ -23,6 +23,7 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -42,10 +43,13 @@ def note(message: str) -> None:
     print(f"pylora: {message}", file=sys.stderr, flush=True)
 
 
-try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+if int(setuptools.__version__.split(".")[0]) < 77:
+    # Older ones cannot read pyproject.toml's license field and say so in ninety lines.
+    fail(f"setuptools {setuptools.__version__} is too old. Run `pip install -U 'setuptools>=77'`.")
 
+try:
     import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     TORCH_ERROR = None
 except Exception as error:  # a torch whose libraries do not load raises OSError, a broken one anything
@@ -177,7 +181,7 @@ def module_source(folder: Path, cuda: CudaPlan | None) -> str:
     lines = [f'#define PYLORA_{name} "{value}"' for name, value in facts.items()]
     path = folder / "pylora_module.cpp"
     write_if_changed(path, "\n".join(["// Written by setup.py.", *lines, '#include "module.cpp"', ""]))
-    return str(path)
+    return os.path.relpath(path, ROOT)  # object files are named after it
 
 
 class BuildNative(BuildExtension):

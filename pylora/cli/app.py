@@ -26,7 +26,7 @@ def _root(
 ) -> None:
     """pylora: LoRA fine-tuning and serving for PyTorch.
 
-    Something does not work after installing? Start with [bold]pylora doctor[/bold].
+    Something does not work after installing? Start with `pylora doctor`.
     """
 
 
@@ -35,7 +35,7 @@ def build_app() -> typer.Typer:
     for module in pkgutil.iter_modules(commands.__path__):
         importlib.import_module(f"{commands.__name__}.{module.name}")
     app = typer.Typer(
-        no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+        no_args_is_help=True, rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]}
     )
     app.callback()(_root)
     for name, function in sorted(COMMANDS.items()):
