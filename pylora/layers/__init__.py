@@ -1,0 +1,20 @@
+"""LoRA layers, the registry that chooses one for a module, and the traversal that finds them in a model."""
+
+from pylora.layers.base import BaseTunerLayer, LoraLayer
+from pylora.layers.linear import Linear
+from pylora.layers.merging import check_adapters_to_merge
+from pylora.layers.registry import create_layer, find_factory, register_layer
+from pylora.layers.walk import Visit, tuner_layers, walk
+
+__all__ = [
+    "BaseTunerLayer",
+    "Linear",
+    "LoraLayer",
+    "Visit",
+    "check_adapters_to_merge",
+    "create_layer",
+    "find_factory",
+    "register_layer",
+    "tuner_layers",
+    "walk",
+]

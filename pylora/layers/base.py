@@ -1,0 +1,234 @@
+"""LoraLayer: what every LoRA layer holds, and how adapters enter and leave it.
+
+Names and meaning of attributes and methods follow PEFT 0.21 (tuners/lora/layer.py), so that code written for it works.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from pylora.config import require_supported, scaling_for
+from pylora.errors import PeftWarning
+from pylora.init import init_adapter
+from pylora.layers.base_weight import is_conv1d
+from pylora.layers.tuner_layer import BaseTunerLayer, set_layer_requires_grad
+
+__all__ = ["VARIANT_KWARG_KEYS", "BaseTunerLayer", "LoraLayer"]
+
+# Forward arguments that are for adapters and never reach the base layer.
+VARIANT_KWARG_KEYS = ("alora_offsets",)
+
+
+class LoraLayer(BaseTunerLayer):
+    """Mixin of the LoRA layers. A subclass is also an `nn.Module` and calls `LoraLayer.__init__` after the module's.
+
+    Attributes (dictionaries are keyed by adapter name):
+        base_layer: The wrapped module.
+        r, lora_alpha, scaling: Rank, alpha and the factor on B·A·x.
+        lora_dropout: Dropout on the adapter's input, `nn.Identity` where it is 0.
+        lora_A, lora_B: The factors, weights of shape [r, in_features] and [out_features, r].
+        lora_embedding_A, lora_embedding_B: The factors of an embedding, [r, num_embeddings] and [embedding_dim, r].
+        lora_magnitude_vector: DoRA's magnitudes.
+        use_rslora, use_dora, lora_bias: The adapter's settings of these names.
+        merged_adapters: Adapters whose delta the base weight holds, in the order of merging.
+        cast_input_dtype_enabled: Whether an input of another dtype is cast to the adapter's.
+        in_features, out_features: Widths of the base layer.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+    )
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+    )
+
+    def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.use_dora: dict[str, bool] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self._caches: dict[str, Any] = {}
+        self.ephemeral_gpu_offload = ephemeral_gpu_offload
+        self.cast_input_dtype_enabled = True
+        self.lora_variant: dict[str, Any] = {}
+        self.kwargs = kwargs
+        self.in_features, self.out_features = self._get_in_out_features(self.get_base_layer())
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[Any, Any]:
+        if isinstance(module, nn.Linear):
+            return module.in_features, module.out_features
+        if is_conv1d(module):
+            in_features, out_features = module.weight.shape  # type: ignore[misc]
+            return in_features, out_features
+        warnings.warn(f"Unsupported layer type '{type(module)}' encountered, proceed at your own risk.", stacklevel=3)
+        return getattr(module, "in_features", None), getattr(module, "out_features", None)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
+        """Add an adapter, or replace the one of that name. The active adapters stay the active ones.
+
+        Args:
+            adapter_name: Name of the adapter.
+            r: Its rank on this layer.
+            lora_alpha: Its alpha on this layer.
+            config: The adapter's LoraConfig: dropout, initialisation, rsLoRA, bias, inference_mode.
+            **kwargs: For layer types and variants that need more.
+
+        Raises:
+            ValueError: `r` is not positive, the initialisation is unknown, or the config asks for something that pylora
+                has no mechanism for. The layer is then as it was.
+        """
+        scaling = scaling_for(r, lora_alpha, config.use_rslora)
+        require_supported(config)
+        if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
+            warnings.warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {type(self.get_base_layer()).__name__} "
+                "has no bias. This means that merging LoRA weights won't be possible.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        lora_a, lora_b = self._new_factors(r, config)
+        dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
+
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = scaling
+        self.lora_dropout[adapter_name] = dropout
+        self.lora_A[adapter_name] = lora_a
+        self.lora_B[adapter_name] = lora_b
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = config.use_dora
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._settle_new_adapter(adapter_name, config.inference_mode)
+
+    def _settle_new_adapter(self, adapter_name: str, inference_mode: bool) -> None:
+        """The new adapter trains if it is active; the other adapters' flags are theirs."""
+        trainable = adapter_name in self.active_adapters and not inference_mode
+        for _, container in self._adapter_containers():
+            if adapter_name in container:
+                set_layer_requires_grad(container[adapter_name], trainable)
+        self._freeze_non_trainable_peft_weights([adapter_name])
+
+    def _new_factors(self, r: int, config: Any) -> tuple[nn.Linear, nn.Linear]:
+        lora_a = _empty_linear(self.in_features, r, bias=False)
+        lora_b = _empty_linear(r, self.out_features, bias=config.lora_bias)
+        init_adapter(config.init_lora_weights, lora_a.weight, lora_b.weight, b_bias=lora_b.bias)
+        return lora_a, lora_b
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
+        """Initialise an adapter's factors again.
+
+        Args:
+            adapter_name: The adapter; a name without factors here is ignored.
+            init_lora_weights: A scheme as in `LoraConfig.init_lora_weights`; False leaves the factors as they are.
+
+        Raises:
+            ValueError: The scheme is unknown.
+        """
+        if init_lora_weights is False:
+            return
+        if adapter_name in self.lora_A:
+            lora_a: Any = self.lora_A[adapter_name]
+            lora_b: Any = self.lora_B[adapter_name]
+            init_adapter(init_lora_weights, lora_a.weight, lora_b.weight, b_bias=lora_b.bias)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.lora_variant.pop(adapter_name, None)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Bring one adapter to the base layer's device and, if that is a floating type, its dtype. Meta stays meta."""
+        base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = base_device if device is None else device
+        if device is None:
+            return
+        if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+            dtype = None
+        for _, container in self._adapter_containers():
+            if adapter_name not in container:
+                continue
+            item = container[adapter_name]
+            params = [item] if isinstance(item, torch.Tensor) else list(item.parameters())
+            if any(p.is_meta for p in params):
+                continue
+            if all(p.device == device and (dtype is None or p.dtype == dtype) for p in params):
+                continue
+            container[adapter_name] = item.to(device=device, dtype=dtype)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the adapter's scaling its configured one times `scale`; a name that is not on this layer is ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._configured_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters by `scale`."""
+        if scale == 1:
+            return
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters by `scale`; None sets it to the configured one."""
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            if scale is None:
+                self.scaling[name] = self._configured_scaling(name)
+            else:
+                self.scaling[name] = self.scaling[name] / scale
+
+    def _configured_scaling(self, adapter: str) -> float:
+        return scaling_for(self.r[adapter], self.lora_alpha[adapter], self.use_rslora.get(adapter, False))
+
+    def _check_forward_args(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Check `adapter_names`, one name for each row of the batch, against the input and the layer's state."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if any(self.use_dora.get(name, False) for name in adapter_names if name != "__base__"):
+            raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
+
+
+def _empty_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """An `nn.Linear` with undefined weights: its constructor would initialise them, which is the scheme's work."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = in_features, out_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features))
+    linear.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+    return linear

@@ -1,0 +1,79 @@
+"""The base weight as a protocol: what merging and delta computation need to know of a layer's frozen weight.
+
+A quantised or sharded base gets another implementation of `BaseWeight`, never a LoRA layer of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from pylora.errors import UnsupportedFeatureError
+
+
+def conv1d_class() -> type[nn.Module] | None:
+    """transformers' `Conv1D`, or None while transformers is not imported (then no module can be one)."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D: a dense layer that keeps its weight as [in_features, out_features]."""
+    cls = conv1d_class()
+    return cls is not None and isinstance(module, cls)
+
+
+class BaseWeight(Protocol):
+    """Read and replace access to a frozen weight W of shape [out_features, in_features]."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype W computes in."""
+        ...
+
+    def read(self) -> torch.Tensor:
+        """W as a dense [out_features, in_features] tensor in `dtype`; it may alias the storage and is not written."""
+        ...
+
+    def write(self, value: torch.Tensor) -> None:
+        """Replace W by `value` ([out_features, in_features], any floating dtype), rounding once to `dtype`."""
+        ...
+
+
+class DenseBaseWeight:
+    """A plain tensor, stored as [out, in], or as [in, out] when `transposed` (Conv1D)."""
+
+    def __init__(self, layer: nn.Module, transposed: bool) -> None:
+        self._tensor: torch.Tensor = layer.weight  # type: ignore[assignment]
+        self._transposed = transposed
+        if self._tensor.is_meta:
+            raise UnsupportedFeatureError(
+                f"merge: base_layer.weight of {type(layer).__name__}: expected a weight with data, got a meta tensor; "
+                "bring an offloaded or empty model to a device first"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self._tensor.shape
+        return (columns, rows) if self._transposed else (rows, columns)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tensor.dtype
+
+    def read(self) -> torch.Tensor:
+        weight = self._tensor.detach()
+        return weight.t() if self._transposed else weight
+
+    def write(self, value: torch.Tensor) -> None:
+        # In place, so that a tied weight stays tied; through the tensor itself, so that its version counter moves.
+        with torch.no_grad():
+            self._tensor.copy_(value.t() if self._transposed else value)

@@ -1,0 +1,303 @@
+"""LoRA on a dense layer: `nn.Linear`, and transformers' Conv1D, which keeps its weight transposed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from pylora.layers.base import VARIANT_KWARG_KEYS, LoraLayer
+from pylora.layers.base_weight import DenseBaseWeight, conv1d_class, is_conv1d
+from pylora.layers.merging import (
+    Delta,
+    check_adapters_to_merge,
+    merge_into_base,
+    merged_values,
+    unmerge_from_base,
+)
+from pylora.layers.registry import register_layer
+from pylora.ops import lora_add, lora_linear
+
+# Dtypes the op computes in; a base weight of another one (quantised) goes through its module.
+_OP_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
+
+
+class _Term(NamedTuple):
+    """One adapter as the op takes it."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropout_p: float
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward (hooks, or a forward set on the instance)."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _plain_weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight of an unhooked module without a bias, else None: what can be computed without calling the module."""
+    params = module._parameters
+    weight = params.get("weight")
+    if type(module) is not nn.Linear or weight is None or params.get("bias") is not None:
+        return None
+    return None if type(weight) not in _PLAIN_TENSORS or _is_hooked(module) else weight
+
+
+class Linear(nn.Module, LoraLayer):
+    """A dense layer with adapters: y = base(x) + sum over active adapters of scaling · B·A·dropout(x).
+
+    Args:
+        base_layer: The layer to wrap.
+        adapter_name: The first adapter's name; it becomes the active one.
+        config: Its LoraConfig.
+        r: Its rank here.
+        lora_alpha: Its alpha here.
+        is_target_conv_1d_layer: Whether `base_layer` is a Conv1D.
+        **kwargs: Passed to `LoraLayer` and `update_layer`.
+
+    Shapes and dtypes: x [..., in_features] -> [..., out_features] in the dtype that the base layer returns. Adapters
+    may be f32 beside a bf16 or f16 base.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: Any,
+        r: int = 0,
+        lora_alpha: float = 1,
+        is_target_conv_1d_layer: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self.fan_in_fan_out = config.fan_in_fan_out
+        self._active_adapter = [adapter_name]
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self.is_target_conv_1d_layer = is_target_conv_1d_layer
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output with the active adapters' added.
+
+        Args:
+            x: Input, [..., in_features].
+            *args: For the base layer.
+            **kwargs: For the base layer, except `adapter_names`: one adapter name, or "__base__", for each row of x.
+
+        Raises:
+            ValueError: `adapter_names` has another length than x, names a DoRA adapter, or the layer is merged.
+        """
+        if not args and not kwargs and not self._disable_adapters and not self.merged_adapters:
+            result = self._fused_forward(x)
+            if result is not None:
+                return result
+        return self._module_forward(x, *args, **kwargs)
+
+    def _fused_forward(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The forward in one op (and one more for each further adapter), or None where a module has to be called."""
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]
+        transposed = type(base) is not nn.Linear
+        if (transposed and type(base) is not conv1d_class()) or _is_hooked(base):
+            return None
+        weight = base._parameters.get("weight")
+        if type(weight) not in _PLAIN_TENSORS or weight.dtype not in _OP_DTYPES or type(x) not in _PLAIN_TENSORS:
+            return None
+        # Inputs that do not fit go to the modules too: torch's error is the one that callers know.
+        if not x.is_cpu or x.shape[-1:] != (self.in_features,) or torch_module._has_any_global_hook():
+            return None
+        if x.dtype is not weight.dtype and not torch.is_autocast_enabled("cpu"):
+            return None
+
+        a_modules = modules["lora_A"]._modules
+        active = self._active_adapter
+        terms = []
+        for name in (active,) if type(active) is str else active:
+            if name in a_modules:
+                term = self._term(name, weight.dtype)
+                if term is None:
+                    return None
+                terms.append(term)
+        if not terms:
+            return None
+        a, b, scaling, p = terms[0]
+        result = lora_linear(x, weight.t() if transposed else weight, base._parameters.get("bias"), a, b, scaling, p)
+        for a, b, scaling, p in terms[1:]:
+            result = lora_add(result, x, a, b, scaling, p)
+        return result
+
+    def _term(self, name: str, base_dtype: torch.dtype) -> _Term | None:
+        """The adapter as the op takes it, or None where one of its modules is replaced or hooked."""
+        modules: dict[str, Any] = self._modules
+        a = _plain_weight(modules["lora_A"]._modules[name])
+        b = _plain_weight(modules["lora_B"]._modules[name])
+        if a is None or b is None or a.dtype is not b.dtype or name in self.lora_variant:
+            return None
+        if a.dtype is not base_dtype and (a.dtype is not torch.float32 or not self.cast_input_dtype_enabled):
+            return None
+        scaling = self.scaling[name]
+        if type(scaling) is not float and type(scaling) is not int:
+            return None
+        dropout = modules["lora_dropout"]._modules[name]
+        if type(dropout) is nn.Identity:
+            p = 0.0
+        elif type(dropout) is nn.Dropout and not dropout.inplace:
+            p = dropout.p if dropout.training else 0.0
+        else:
+            return None
+        return None if p >= 1.0 or _is_hooked(dropout) else _Term(a, b, scaling, p)
+
+    def _module_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The forward through the modules themselves, in plain torch."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        for key in VARIANT_KWARG_KEYS:
+            kwargs.pop(key, None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        result_dtype = result.dtype
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                lora_a: Any = self.lora_A[name]
+                lora_b: Any = self.lora_B[name]
+                x = self._cast_input_dtype(x, lora_a.weight.dtype)
+                result = result + lora_b(lora_a(self.lora_dropout[name](x))) * self.scaling[name]
+        return result.to(result_dtype)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """A batch whose rows belong to different adapters: row i gets adapter_names[i], or none if that is not here."""
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.lora_A:
+                continue
+            rows = [i for i, row_name in enumerate(adapter_names) if row_name == name]
+            lora_a: Any = self.lora_A[name]
+            lora_b: Any = self.lora_B[name]
+            inputs = self.lora_dropout[name](x[rows].to(lora_a.weight.dtype))
+            result[rows] += (lora_b(lora_a(inputs)) * self.scaling[name]).to(result.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' deltas to the base weight (and, with `lora_bias`, to the base bias), in place.
+
+        Args:
+            safe_merge: Refuse values that are not finite. All adapters are checked before the first write.
+            adapter_names: Adapters to merge; None means the active ones. Merged ones are skipped with a warning.
+
+        Raises:
+            ValueError: `safe_merge` and a merged value would be NaN or infinite. Nothing is changed then.
+            RuntimeError: An adapter has a bias and the base layer has none. Nothing is changed then.
+            TypeError: `adapter_names` is a string.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        merge_into_base(self._base_weight(), self._base_bias(), self._deltas(names), safe_merge)
+        self.merged_adapters.extend(names)
+
+    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise what `merge` with these arguments would raise, and change nothing."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names, warn=False) if name in self.lora_A]
+        if names:
+            weight, deltas = self._base_weight(), self._deltas(names)
+            if safe_merge:
+                merged_values(weight, self._base_bias(), deltas, safe_merge=True)
+
+    def unmerge(self) -> None:
+        """Take every merged delta out of the base weight and bias; warns when there is none."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        names = [name for name in reversed(self.merged_adapters) if name in self.lora_A]
+        if names:
+            unmerge_from_base(self._base_weight(), self._base_bias(), self._deltas(names))
+        self.merged_adapters.clear()
+
+    def _base_weight(self) -> DenseBaseWeight:
+        return DenseBaseWeight(self.get_base_layer(), transposed=self.fan_in_fan_out)
+
+    def _base_bias(self) -> torch.Tensor | None:
+        return getattr(self.get_base_layer(), "bias", None)
+
+    def _deltas(self, names: list[str]) -> list[Delta]:
+        deltas = []
+        for name in names:
+            lora_a: Any = self.lora_A[name]
+            lora_b: Any = self.lora_B[name]
+            scaling, bias = self.scaling[name], None
+            if self.lora_bias[name]:
+                if self._base_bias() is None:
+                    raise RuntimeError(
+                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+                    )
+                bias = lora_b.bias.detach() * scaling
+            deltas.append(Delta(name, lora_a.weight.detach(), lora_b.weight.detach(), scaling, bias))
+        return deltas
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """scaling · B·A in the base weight's own layout and B's dtype; on a CPU narrow factors are multiplied in f32.
+
+        Args:
+            adapter: Name of an adapter on this layer.
+
+        Raises:
+            KeyError: There is no such adapter here.
+        """
+        a: Any = self.lora_A[adapter].weight
+        b: Any = self.lora_B[adapter].weight
+        dtype = b.dtype
+        if b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            a, b = a.float(), b.float()
+        delta = b @ a
+        return ((delta.T if self.fan_in_fan_out else delta) * self.scaling[adapter]).to(dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        variant = self.lora_variant.get(adapter_name)
+        return True if variant is None else variant.supports_lora_conversion()
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()
+
+
+@register_layer("torch.nn.Linear", lambda module: isinstance(module, nn.Linear))
+def _wrap_linear(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Linear:
+    if config.fan_in_fan_out:
+        warnings.warn(
+            "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
+            "Setting fan_in_fan_out to False.",
+            stacklevel=2,
+        )
+        config.fan_in_fan_out = False
+    return Linear(target, adapter_name, config=config, **kwargs)
+
+
+@register_layer("transformers.pytorch_utils.Conv1D", is_conv1d)
+def _wrap_conv1d(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Linear:
+    if not config.fan_in_fan_out:
+        warnings.warn(
+            "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True.",
+            stacklevel=2,
+        )
+        config.fan_in_fan_out = True
+    return Linear(target, adapter_name, config=config, is_target_conv_1d_layer=True, **kwargs)
