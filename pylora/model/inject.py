@@ -1,0 +1,186 @@
+"""Putting an adapter into a model: resolve the targets, wrap or extend the modules, set what trains.
+
+Either the whole injection succeeds or model, configuration and flags are what they were: every change is entered in a
+journal that can be played back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from pylora.config import pattern_value, require_supported
+from pylora.init import find_init
+from pylora.layers import BaseTunerLayer, LoraLayer, create_layer, find_factory, tuner_layers, walk
+from pylora.model.lifecycle import unmerge_before_switch
+from pylora.model.modules_to_save import set_trainable
+from pylora.model.trainable import check_bias, has_tuner_layers, mark_only_adapters_as_trainable
+from pylora.targeting.resolve import resolve_targets
+
+_ABSENT = object()
+
+
+class Journal:
+    """Functions that revert changes, run last first."""
+
+    def __init__(self) -> None:
+        self._reverts: list[Callable[[], Any]] = []
+
+    def add(self, revert: Callable[[], Any]) -> None:
+        """Enter how to revert the change just made (or about to be made)."""
+        self._reverts.append(revert)
+
+    def revert(self) -> None:
+        """Revert everything entered."""
+        while self._reverts:
+            self._reverts.pop()()
+
+
+@dataclasses.dataclass
+class Injection:
+    """One adapter on its way into one model.
+
+    Attributes:
+        model: The base model.
+        config: The adapter's LoraConfig; `target_modules` and `fan_in_fan_out` are written back to it.
+        adapter_name: The adapter.
+        active_adapters: The names active in the model; the new adapter trains only if it is one of them.
+        low_cpu_mem_usage: Make the factors on the meta device, for weights that are loaded afterwards.
+        state_dict_keys: If given, the modules are those that these checkpoint keys name.
+    """
+
+    model: nn.Module
+    config: Any
+    adapter_name: str
+    active_adapters: list[str]
+    low_cpu_mem_usage: bool = False
+    state_dict_keys: Iterable[str] | None = None
+
+    def run(self) -> list[str]:
+        """Do it, or raise and leave everything as it was.
+
+        Returns:
+            Names of the adapted modules.
+        """
+        self._check()
+        first = not has_tuner_layers(self.model)
+        targets = resolve_targets(
+            self.model,
+            self.config,
+            is_tuner_layer=lambda module: isinstance(module, BaseTunerLayer),
+            state_dict_keys=self.state_dict_keys,
+        )
+        for module in targets.modules.values():
+            find_factory(module)
+        journal = Journal()
+        try:
+            self._record_config(journal)
+            self.config.target_modules = targets.target_modules
+            with torch.device("meta") if self.low_cpu_mem_usage else nullcontext():
+                for name, module in targets.modules.items():
+                    self._adapt(name, module, journal)
+            self._set_flags(journal, first)
+        except BaseException:
+            journal.revert()
+            raise
+        return targets.names
+
+    def _check(self) -> None:
+        require_supported(self.config)
+        check_bias(self.config.bias)
+        # The name becomes a key of ModuleDicts: let torch refuse it (KeyError, TypeError) before anything is changed.
+        nn.ModuleDict()[self.adapter_name] = nn.Identity()
+        find_init(self.config.init_lora_weights)
+
+    def _record_config(self, journal: Journal) -> None:
+        config, before = self.config, dict(self.config.__dict__)
+
+        def revert() -> None:
+            config.__dict__.clear()
+            config.__dict__.update(before)
+
+        journal.add(revert)
+
+    def _adapt(self, name: str, module: nn.Module, journal: Journal) -> None:
+        config = self.config
+        rank = pattern_value(config.rank_pattern, name, config.r)
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        if isinstance(module, LoraLayer):
+            journal.add(_adapter_restorer(module, self.adapter_name))
+            module.update_layer(self.adapter_name, rank, lora_alpha=alpha, config=config, target_name=name)
+            return
+        layer = create_layer(module, self.adapter_name, config, r=rank, lora_alpha=alpha, target_name=name)
+        parent_name, _, child_name = name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        setattr(parent, child_name, layer)
+        journal.add(lambda: setattr(parent, child_name, module))
+
+    def _set_flags(self, journal: Journal, first: bool) -> None:
+        """Activate, and settle what trains. A further adapter changes no flag of what was there before."""
+        active, config = self.active_adapters, self.config
+        is_active = self.adapter_name in active
+        if first:
+            journal.add(_flag_restorer(self.model))
+            mark_only_adapters_as_trainable(self.model, [config.bias] if is_active else [])
+            self._add_trained_modules(journal, is_active)
+            for layer in tuner_layers(self.model):
+                layer.set_adapter(active, inference_mode=config.inference_mode)
+            return
+        if config.modules_to_save is not None:
+            restore_flags = _flag_restorer(self.model)
+            self._add_trained_modules(journal, is_active)
+            restore_flags()
+        layers = tuner_layers(self.model)
+        for layer in layers:
+            unmerge_before_switch(layer)
+        for layer in layers:
+            layer._active_adapter = list(active)
+            layer.set_requires_grad(self.adapter_name, is_active and not config.inference_mode)
+
+    def _add_trained_modules(self, journal: Journal, is_active: bool) -> None:
+        set_trainable(
+            self.model,
+            self.adapter_name,
+            module_names=self.config.modules_to_save,
+            inference_mode=self.config.inference_mode,
+            activate_adapter=is_active,
+            on_change=journal.add,
+        )
+
+
+def _flag_restorer(model: nn.Module) -> Callable[[], None]:
+    """A function that gives every parameter the model has now the `requires_grad` it has now."""
+    flags = [
+        (param, param.requires_grad)
+        for visit in walk(model)
+        for param in visit.module._parameters.values()
+        if param is not None
+    ]
+
+    def restore() -> None:
+        for param, requires_grad in flags:
+            if param.requires_grad is not requires_grad:
+                param.requires_grad_(requires_grad)
+
+    return restore
+
+
+def _adapter_restorer(layer: BaseTunerLayer, adapter_name: str) -> Callable[[], None]:
+    """A function that gives the layer the entries it has now for `adapter_name`, or none."""
+    containers = [getattr(layer, attr) for attr in layer.adapter_layer_names + layer.other_param_names]
+    # `get` would do for dictionaries, but ModuleDict has none.
+    entries = [(each, each[adapter_name] if adapter_name in each else _ABSENT) for each in containers]  # noqa: SIM401
+
+    def restore() -> None:
+        for container, value in entries:
+            if value is not _ABSENT:
+                container[adapter_name] = value
+            elif adapter_name in container:
+                del container[adapter_name]
+
+    return restore
