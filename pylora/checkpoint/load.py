@@ -1,0 +1,214 @@
+"""Reads an adapter's weights and puts them into a model, after everything about them has been checked."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pylora.checkpoint.files import StrPath, find_weights
+from pylora.checkpoint.keys import MODEL_PREFIX, rename_keys, to_checkpoint_key
+from pylora.checkpoint.structure import Site, adapter_roots, adapter_sites, join, place_of, tensor_paths
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn.modules.module import _IncompatibleKeys
+
+
+def load_peft_weights(
+    model_id: StrPath,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, Tensor]:
+    """Reads the weights file of an adapter.
+
+    Args:
+        model_id: local folder, or repository id on the hub.
+        device: where the tensors are to be; the CPU by default, from where they are copied to each layer's device.
+        key_mapping: regular expressions to rename keys by, see `pylora.checkpoint.keys.rename_keys`.
+        hf_hub_download_kwargs: `subfolder`, and what `huggingface_hub.hf_hub_download` takes.
+
+    Returns:
+        checkpoint keys and tensors, as stored.
+
+    Raises:
+        ValueError: no weights file there, or one that holds something else than tensors.
+        safetensors.SafetensorError: a truncated or corrupt .safetensors file.
+        pickle.UnpicklingError: a .bin file that is corrupt or holds anything but tensors (it is never unpickled
+            beyond those: `weights_only=True`). Truncated ones raise RuntimeError or EOFError.
+    """
+    path = find_weights(model_id, **hf_hub_download_kwargs)
+    device = "cpu" if device is None else device
+    tensors = _read_safetensors(path, device) if path.suffix == ".safetensors" else _read_pickle(path, device)
+    return rename_keys(tensors, key_mapping)
+
+
+def _read_safetensors(path: os.PathLike[str], device: str | torch.device) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    # safetensors cannot place tensors on Metal itself.
+    return load_file(path, device="cpu" if str(device).startswith("mps") else str(device))
+
+
+def _read_pickle(path: os.PathLike[str], device: str | torch.device) -> dict[str, Tensor]:
+    import torch
+
+    tensors = torch.load(path, map_location=torch.device(device), weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ValueError(f"{os.fspath(path)!r}: expected a dictionary of tensors, got {type(tensors).__name__}")
+    return tensors
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> _IncompatibleKeys:
+    """Puts one adapter's tensors into a model that already has an adapter of that name.
+
+    Args:
+        model: a `PeftModel`, or a model with adapters injected, that has a `peft_config` dictionary.
+        peft_model_state_dict: tensors under checkpoint keys. The adapter may have had another name when saved.
+        adapter_name: which adapter to fill.
+        ignore_mismatched_sizes: leave out tensors of another shape than the model's, with a warning.
+        low_cpu_mem_usage: let the given tensors take the place of the model's, which are on the meta device, and move
+            them to the device of their layer. Otherwise they are copied.
+
+    Returns:
+        named tuple of `missing_keys` (everything in the model that was not given, the base model's parameters too)
+        and `unexpected_keys`.
+
+    Raises:
+        KeyError: no adapter of that name, or a module of `modules_to_save` is not in the checkpoint.
+        RuntimeError: a tensor of another shape than the model's. Nothing has been copied then.
+    """
+    plan = plan_load(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    result = plan.apply(low_cpu_mem_usage=low_cpu_mem_usage)
+    result.missing_keys[:] = [key for key in model.state_dict() if key not in plan.tensors]
+    return result
+
+
+@dataclass
+class LoadPlan:
+    """What a checkpoint will change in a model. Made, and thereby checked, before anything is changed.
+
+    Attributes:
+        tensors: model keys and the tensors to put there.
+        missing: the adapter's model keys that the checkpoint does not have.
+        unexpected: checkpoint keys with no place in the model.
+        mismatched: (model key, shape in the checkpoint, shape in the model) of what is left out.
+    """
+
+    model: nn.Module
+    adapter_name: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, torch.Size, torch.Size]] = field(default_factory=list)
+
+    def apply(self, low_cpu_mem_usage: bool = False) -> _IncompatibleKeys:
+        """Copies (or, with `low_cpu_mem_usage`, assigns) the tensors; returns the adapter's missing keys and others."""
+        from torch.nn.modules.module import _IncompatibleKeys
+
+        for key, tensor in self.tensors.items():
+            place = place_of(self.model, key)
+            if place is not None:
+                place.owner.load_state_dict({place.leaf: tensor}, strict=False, assign=low_cpu_mem_usage)
+        if low_cpu_mem_usage:
+            for site in adapter_sites(self.model):
+                move: Any = getattr(type(site.module), "_move_adapter_to_device_of_base_layer", None)
+                if move is not None:
+                    move(site.module, self.adapter_name)
+        if self.mismatched:
+            self._warn_about_sizes()
+        return _IncompatibleKeys(list(self.missing), list(self.unexpected))
+
+    def _warn_about_sizes(self) -> None:
+        sizes = "\n".join(
+            f"- {key}: found shape {found} in the checkpoint and {own} in the model instantiated"
+            for key, found, own in self.mismatched
+        )
+        warnings.warn(
+            f"Some weights of {type(self.model).__name__} were not initialized from the model checkpoint and are being "
+            f"ignored because you passed `ignore_mismatched_sizes=True`: {sizes}.",
+            stacklevel=2,
+        )
+
+
+def plan_load(
+    model: nn.Module, checkpoint: Mapping[str, Tensor], adapter_name: str, ignore_mismatched_sizes: bool = False
+) -> LoadPlan:
+    """Finds each tensor's place and checks its shape. Arguments and errors are `set_peft_model_state_dict`'s."""
+    configs: Any = model.peft_config
+    config = configs[adapter_name]
+    if config.peft_type != "LORA":
+        raise ValueError(f"peft_type: expected LORA, got {config.peft_type}")
+    sites = list(adapter_sites(model))
+    own_keys = _adapter_keys(sites, adapter_name)
+    places = _places(sites, own_keys, adapter_name, checkpoint)
+    wrapped = model._modules.get("base_model")
+    has_prefix = wrapped is not None and "model" in wrapped._modules
+
+    plan = LoadPlan(model, adapter_name)
+    problems = []
+    for key, tensor in checkpoint.items():
+        model_key = places.get(key) or (key if has_prefix else key.removeprefix(MODEL_PREFIX))
+        place = place_of(model, model_key)
+        if place is None:
+            plan.unexpected.append(key)
+            continue
+        shape = place.held.shape
+        if tensor.shape == shape:
+            plan.tensors[model_key] = tensor
+        elif ignore_mismatched_sizes:
+            plan.mismatched.append((model_key, tensor.shape, shape))
+        else:
+            problems.append(
+                f"size mismatch for {model_key}: copying a param with shape {tensor.shape} from checkpoint, "
+                f"the shape in current model is {shape}."
+            )
+    if problems:
+        listed = "\n\t".join(problems)
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(model).__name__}:\n\t{listed}")
+    plan.missing = [key for key in own_keys if key not in plan.tensors]
+    return plan
+
+
+def _adapter_keys(sites: list[Site], adapter_name: str) -> list[str]:
+    return [
+        key
+        for site in sites
+        if not site.is_auxiliary
+        for root, held in adapter_roots(site, adapter_name).items()
+        for key in tensor_paths(root, held)
+    ]
+
+
+def _places(
+    sites: list[Site], own_keys: list[str], adapter_name: str, checkpoint: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Checkpoint keys and the model keys they stand for, with and without the prefix of a `PeftModel`.
+
+    Raises:
+        KeyError: a wrapper (`modules_to_save`, trainable tokens) wants a tensor that the checkpoint lacks.
+    """
+    places = {}
+    for key in own_keys:
+        name = to_checkpoint_key(key, adapter_name)
+        places[name] = places[MODEL_PREFIX + name] = key
+    for site in sites:
+        if site.is_auxiliary:
+            wrapper: Any = site.module
+            for saved, inside in wrapper.adapter_state_dict_load_map(adapter_name).items():
+                name = join(site.name, saved)
+                name = name if name in checkpoint else MODEL_PREFIX + name
+                if name not in checkpoint:
+                    raise KeyError(join(site.name, saved))
+                places[name] = join(site.name, inside)
+    return places

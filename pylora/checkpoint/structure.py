@@ -1,0 +1,145 @@
+"""Finds adapter parameters by the shape of the modules that hold them, not by their names or classes.
+
+A base model may have a module called `lora_A`, and an adapter may be called like a module, so names alone mislead.
+Classes are not asked for either: the same walk then serves pylora's layers, PEFT's and anyone's with that layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_FSDP_PREFIX = "_fsdp_wrapped_module."
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that holds adapter parameters.
+
+    Attributes:
+        name: path from the model to it, as in the model's state dict.
+        module: the module.
+        is_auxiliary: True for a wrapper that trains and saves a whole module or some of its rows (`modules_to_save`,
+            trainable tokens), False for a layer that adds an adapter to a `base_layer`.
+    """
+
+    name: str
+    module: nn.Module
+    is_auxiliary: bool
+
+
+def adapter_sites(model: nn.Module) -> Iterator[Site]:
+    """Every site of `model` once, in module order.
+
+    The modules that hold the adapters themselves are not entered, so the walk costs the same however many there are.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        children: Iterable[tuple[str, nn.Module | None]] = module._modules.items()
+        if "original_module" in module._modules and hasattr(type(module), "adapter_state_dict_load_map"):
+            yield Site(_state_dict_name(name), module, is_auxiliary=True)
+            continue
+        if _is_adapter_layer(module):
+            yield Site(_state_dict_name(name), module, is_auxiliary=False)
+            children = [("base_layer", module._modules["base_layer"])]
+        stack.extend((join(name, part), child) for part, child in reversed(list(children)) if child is not None)
+
+
+def _state_dict_name(name: str) -> str:
+    """FSDP1 keeps its wrapper's name out of state dict keys."""
+    return name.removeprefix(_FSDP_PREFIX)
+
+
+def join(*parts: str) -> str:
+    """Joins path components, leaving out empty ones."""
+    return ".".join(part for part in parts if part)
+
+
+def adapter_roots(site: Site, adapter_name: str) -> dict[str, Any]:
+    """Paths under which `site` keeps the parameters of one adapter, and the module or tensor at each of them.
+
+    Containers with an entry per adapter (`lora_A.default`) give that entry; anything else on the layer beside
+    `base_layer` is common to all adapters and belongs to each.
+    """
+    roots = {}
+    for attribute, child in _own_attributes(site.module):
+        if _is_keyed_by_adapter(child):
+            if adapter_name in child:
+                roots[join(site.name, attribute, adapter_name)] = child[adapter_name]
+        else:
+            roots[join(site.name, attribute)] = child
+    return roots
+
+
+def other_adapter_roots(site: Site, adapter_name: str) -> set[str]:
+    """Paths under which `site` keeps what belongs to other adapters than this one."""
+    return {
+        join(path, name)
+        for path, container in _containers(site.name, site.module)
+        for name in container
+        if name != adapter_name
+    }
+
+
+def _containers(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What is keyed by adapter on a module, or on an adapter layer in it (a wrapper of token rows has one)."""
+    for attribute, child in _own_attributes(module):
+        path = join(name, attribute)
+        if _is_keyed_by_adapter(child):
+            yield path, child
+        elif _is_adapter_layer(child):
+            yield from _containers(path, child)
+
+
+def _is_adapter_layer(module: Any) -> bool:
+    return "base_layer" in getattr(module, "_modules", ()) and hasattr(type(module), "adapter_layer_names")
+
+
+def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from (
+        (name, child)
+        for group in (module._modules, module._parameters, module._buffers)
+        for name, child in group.items()
+        if child is not None and name not in ("base_layer", "original_module")
+    )
+
+
+def _is_keyed_by_adapter(child: Any) -> bool:
+    """ModuleDict, ParameterDict and PEFT's BufferDict: containers with `keys` and membership."""
+    return hasattr(type(child), "keys") and hasattr(type(child), "__contains__") and hasattr(type(child), "update")
+
+
+def tensor_paths(root: str, held: Any) -> list[str]:
+    """State dict keys of what lies at `root`: one for a tensor, several or none for a module."""
+    return [join(root, key) for key in held.state_dict()] if hasattr(held, "state_dict") else [root]
+
+
+class Place(NamedTuple):
+    """Where a model keeps a tensor: the module that holds it, its name there, and the tensor that is there now."""
+
+    owner: nn.Module
+    leaf: str
+    held: Tensor
+
+
+def place_of(model: nn.Module, key: str) -> Place | None:
+    """The place of the state dict entry `key`, None if the model saves no such tensor."""
+    *path, leaf = key.split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    if module is None:
+        return None
+    held: Tensor | None = module._parameters.get(leaf)
+    if held is None and leaf not in module._non_persistent_buffers_set:
+        held = module._buffers.get(leaf)
+    return None if held is None else Place(module, leaf, held)
