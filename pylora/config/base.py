@@ -223,4 +223,4 @@ def _find_config_file(source: str | os.PathLike[str], subfolder: str | None, kwa
 def _set_as_list(value: Any) -> list[Any]:
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=str)
-    raise TypeError(f"adapter_config.json: cannot store a {type(value).__name__}: {value!r}")
+    raise TypeError(f"adapter_config.json: cannot store a value of type {type(value).__name__}: {value!r}")

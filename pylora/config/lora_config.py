@@ -253,9 +253,10 @@ class LoraConfig(PeftConfig):
         )
         if changes_base and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
             _warn(
-                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and an initialisation that changes the "
-                f"base weights ('{scheme}'): `save_pretrained` will not be able to convert this adapter to one for the "
-                "original base weights (`path_initial_model_for_weight_conversion`). Give up one of them to keep that."
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified "
+                "base weights PiSSA/CorDA/OLoRA/LoRA-GA means that you won't be able to pass "
+                "`path_initial_model_for_weight_conversion` to `save_pretrained`. Training is not affected; to save an "
+                "adapter for the original base weights, do without use_rslora or without the patterns."
             )
 
     def _register_custom_module(self, mapping: dict[type, type]) -> None:

@@ -110,8 +110,8 @@ class BdLoraConfig:
         overlap = set(self.target_modules_bd_a or []) & set(self.target_modules_bd_b or [])
         if overlap:
             raise ValueError(
-                f"Found overlapping modules in target_modules_bd lists: {sorted(overlap)} are in both "
-                f"{self.target_modules_bd_a} (A) and {self.target_modules_bd_b} (B)."
+                f"Found overlapping modules in target_modules_bd lists: {self.target_modules_bd_a} (A) and "
+                f"{self.target_modules_bd_b} (B) both name {sorted(overlap)}."
             )
 
 

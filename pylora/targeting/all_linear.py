@@ -46,7 +46,7 @@ def linear_module_names(
 def _output_layer(model: nn.Module, task_type: str | None) -> nn.Module | None:
     if not is_pretrained_model(model):
         return None
-    output: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator, assignment]
+    output: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
     if output is None and task_type == TaskType.SEQ_CLS:
         heads = (getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
         output = next((head for head in heads if head is not None), None)

@@ -131,7 +131,8 @@ def _requested_targets(model: nn.Module, config: Any) -> Any:
     default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config_value(model, "model_type"))
     if default is None and not config.target_parameters:
         raise ValueError(
-            "Please specify `target_modules` or `target_parameters` in `peft_config`: there is no default for the "
+            # Without the blank, as PEFT writes it: tests match on the phrase.
+            "Please specify `target_modules` or `target_parameters`in `peft_config`: there is no default for the "
             f"model type {config_value(model, 'model_type')!r}"
         )
     return set(default) if isinstance(default, list) else default
@@ -214,7 +215,7 @@ def _warn_about_difference(from_config: list[str], from_state_dict: list[str]) -
         return
     message = (
         "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
-        "state_dict. The state_dict decides; ignore this if that is what you want."
+        "state_dict. This is not necessarily an issue and can be ignored if this was the intent. The state_dict wins."
     )
     if only_config:
         message += f" The PEFT config contained these additional target modules: {only_config}."

@@ -45,8 +45,8 @@ def warn_about_tied_targets(model: nn.Module, config: Any) -> None:
     if tied:
         warnings.warn(
             "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` "
-            f"is not set to True. The embedding and {tied} will differ once trained: merging the adapter, or "
-            "converting the model to another format, may then give wrong weights.",
+            "is not set to True. This can lead to complications, for example when merging the adapter or converting "
+            f"your model to formats other than safetensors: the embedding and {tied} differ once they are trained.",
             stacklevel=4,
         )
 
