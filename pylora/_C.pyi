@@ -11,7 +11,10 @@ def cpu_isa() -> str:
     """The instruction set in use. Raises where PYLORA_CPU_ISA names one that the CPU or the build lacks."""
 
 def cpu_isas_supported() -> list[str]:
-    """The built instruction sets that this CPU and its operating system support, narrowest first."""
+    """The instruction sets that this CPU and its operating system support, built or not, narrowest first."""
+
+def set_cpu_isa(name: str) -> None:
+    """Switch all later CPU kernel launches of the process. Raises, changing nothing, where the set cannot be used."""
 
 def lora_linear(
     x: Tensor,

@@ -84,7 +84,8 @@ def _examine_extension(diagnosis: Diagnosis) -> ModuleType | None:
         torch=info["torch"],
         isas_built=_split(info["isas_built"]),
         cuda_archs=_split(info["cuda_archs"]),
-        compiler=info["compiler"],
+        # GCC's __VERSION__ is a bare number; Clang's names itself.
+        compiler=f"GCC {info['compiler']}" if info["compiler"][:1].isdigit() else info["compiler"],
         file=module.__file__,
     )
     return module
@@ -97,12 +98,11 @@ def _examine_cpu(diagnosis: Diagnosis, module: ModuleType) -> None:
     try:
         in_use = diagnosis.cpu["in_use"] = module.cpu_isa()
     except (RuntimeError, ValueError) as error:
-        diagnosis.problems.append(f"{error} Unset PYLORA_CPU_ISA, or set it to one of: {_join(supported)}.")
+        diagnosis.problems.append(f"{error}. Unset PYLORA_CPU_ISA, or set it to one of: {_join(supported)}.")
         return
-    if in_use != supported[-1]:
-        diagnosis.notes.append(
-            f"The CPU kernels run as {in_use} where {supported[-1]} is there, because PYLORA_CPU_ISA={cap}."
-        )
+    best = [isa for isa in supported if isa in diagnosis.extension["isas_built"]][-1]
+    if in_use != best:
+        diagnosis.notes.append(f"The CPU kernels run as {in_use} where {best} is there, because PYLORA_CPU_ISA={cap}.")
 
 
 def _examine_gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:

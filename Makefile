@@ -1,0 +1,93 @@
+# Every target starts from a fresh clone: it makes .venv, installs the pinned packages and builds what it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+# Set on the command line: PYTEST="tests/ops -k dropout", DEMO="--help", BENCH="...".
+PYTEST ?=
+DEMO ?=
+BENCH ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CXX_FILES := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+NATIVE_INPUTS := setup.py pyproject.toml CMakeLists.txt pylora/_version.py pylora/_source_hash.py \
+  $(shell find csrc cmake -type f 2>/dev/null)
+
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install build test ctest pytest lint format demo bench cuda wheel sdist doctor clean distclean
+
+help:  ## Show the targets.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements-dev.txt | $(VENV)/bin/python
+	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.built: $(NATIVE_INPUTS) $(VENV)/.installed
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+install: $(VENV)/.installed  ## Make .venv with the pinned packages.
+
+build: $(VENV)/.built  ## Build the native extension into the tree (an editable install); a repeat builds what changed.
+
+test: ctest pytest  ## Run all tests: the C++ ones, then the Python ones.
+
+ctest: $(VENV)/.built  ## Build and run the C++ tests of the kernel library.
+	@mkdir -p build/kernels
+	@$(BIN)/cmake -S . -B build/kernels -DPYLORA_TESTS=ON > build/kernels/configure.log || { cat build/kernels/configure.log; exit 1; }
+	$(BIN)/cmake --build build/kernels
+	$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=ignore
+
+# One thread a process: two pytest workers with two threads each take longer than with one, and the order of sums stays.
+pytest: $(VENV)/.built  ## Run the Python tests; PYTEST="tests/ops -k dropout" picks some.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.installed  ## Check style, types, import rules and C++ format.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.installed  ## Rewrite Python and C++ sources in the project's format.
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+demo: $(VENV)/.built  ## Fine-tune SmolLM2-135M on real text, save, reload, merge and compare: ten minutes on two cores.
+	$(BIN)/python examples/demo/run.py $(DEMO)
+
+bench: $(VENV)/.built  ## Time pylora beside PEFT and beside the bare layer on this machine.
+	@for case in benchmarks/*/bench_*.py; do echo "$$case"; $(BIN)/python $$case $(BENCH) || exit 1; done
+
+# Apart from the installed build, which it leaves alone.
+cuda: $(VENV)/.installed  ## Compile and link the CUDA kernels with the torch that is there (a CPU one will do; needs nvcc).
+	PYLORA_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda
+	$(BIN)/python tests/build/cuda_smoke.py build/cuda
+
+wheel: $(VENV)/.installed  ## Build a wheel, install it into an empty venv and use it there.
+	rm -rf dist/*.whl build/wheel-venv
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip --disable-pip-version-check --quiet install -c requirements-dev.txt dist/*.whl
+	cd build/wheel-venv && bin/python -I ../../tests/build/wheel_smoke.py && bin/pylora doctor
+
+sdist: $(VENV)/.installed  ## Build a source distribution, and a wheel from nothing but that.
+	rm -rf dist/*.tar.gz build/from-sdist
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist > /dev/null
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/from-sdist dist/*.tar.gz
+
+doctor: $(VENV)/.built  ## Say what is built and what is wrong.
+	$(BIN)/pylora doctor
+
+clean:  ## Remove what was built; .venv and the demo's downloads stay.
+	rm -rf build dist pylora/_C.*.so *.egg-info $(VENV)/.built
+
+distclean: clean  ## Remove .venv as well.
+	rm -rf $(VENV)
