@@ -15,7 +15,7 @@ from pylora.config import require_supported, scaling_for
 from pylora.errors import PeftWarning
 from pylora.init import init_adapter
 from pylora.layers.base_weight import is_conv1d
-from pylora.layers.tuner_layer import BaseTunerLayer, set_layer_requires_grad
+from pylora.layers.tuner_layer import BaseTunerLayer, params_of, set_layer_requires_grad
 
 __all__ = ["VARIANT_KWARG_KEYS", "BaseTunerLayer", "LoraLayer"]
 
@@ -173,7 +173,7 @@ class LoraLayer(BaseTunerLayer):
             if adapter_name not in container:
                 continue
             item = container[adapter_name]
-            params = [item] if isinstance(item, torch.Tensor) else list(item.parameters())
+            params = params_of(item)
             if any(p.is_meta for p in params):
                 continue
             if all(p.device == device and (dtype is None or p.dtype == dtype) for p in params):

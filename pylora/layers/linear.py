@@ -46,6 +46,11 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
+def _autocast_matches(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
+    """Whether autocast brings the two to one dtype; it leaves f64 alone."""
+    return torch.is_autocast_enabled("cpu") and torch.float64 not in (x_dtype, weight_dtype)
+
+
 def _plain_weight(module: nn.Module) -> torch.Tensor | None:
     """The weight of an unhooked module without a bias, else None: what can be computed without calling the module."""
     params = module._parameters
@@ -118,7 +123,7 @@ class Linear(nn.Module, LoraLayer):
         # Inputs that do not fit go to the modules too: torch's error is the one that callers know.
         if not x.is_cpu or x.shape[-1:] != (self.in_features,) or torch_module._has_any_global_hook():
             return None
-        if x.dtype is not weight.dtype and not torch.is_autocast_enabled("cpu"):
+        if x.dtype is not weight.dtype and not _autocast_matches(x.dtype, weight.dtype):
             return None
 
         a_modules = modules["lora_A"]._modules

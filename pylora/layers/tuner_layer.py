@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 
+def params_of(layer: nn.Module | torch.Tensor) -> list[torch.Tensor]:
+    """A parameter, or a module's parameters. Almost always a module without children, for which this is quick."""
+    if isinstance(layer, torch.Tensor):
+        return [layer]
+    if layer._modules:
+        return list(layer.parameters())
+    return [param for param in layer._parameters.values() if param is not None]
+
+
 def set_layer_requires_grad(layer: nn.Module | torch.Tensor, requires_grad: bool) -> None:
     """Set `requires_grad` on a parameter or a module's parameters; non-leaf views (FSDP) are left alone."""
-    params: Any
-    if isinstance(layer, torch.Tensor):
-        params = (layer,)
-    elif not layer._modules:
-        params = layer._parameters.values()
-    else:
-        params = layer.parameters()
-    for param in params:
-        if param is not None and param.requires_grad is not requires_grad and param.is_leaf:
+    for param in params_of(layer):
+        if param.requires_grad is not requires_grad and param.is_leaf:
             param.requires_grad_(requires_grad)
 
 
@@ -102,8 +104,8 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
 
     def _adapter_containers(self) -> list[tuple[str, Any]]:
         """The non-empty containers of adapter weights, with their attribute names."""
-        containers = ((name, getattr(self, name)) for name in self.adapter_layer_names)
-        return [(name, container) for name, container in containers if len(container)]
+        modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+        return [(name, modules[name]) for name in self.adapter_layer_names if len(modules[name])]
 
     def _get_available_adapters(self) -> set[str]:
         """Names of the adapters that have weights on this layer."""

@@ -1,0 +1,1 @@
+"""Models with adapters: injection, lifecycle, the tuner `LoraModel` and what users hold, `PeftModel`."""
