@@ -21,6 +21,8 @@ def explain_no_match(target_modules: Any, matcher: TargetMatcher, names: list[st
         names: All module names that were looked at.
         excluded: Those that `exclude_modules` or `modules_to_save` ruled out.
     """
+    if not names:
+        return " The model holds no modules, and it cannot be replaced itself: put it into an nn.Sequential."
     in_other_layers = [name for name in names if matcher.matches_but_for_layer(name)]
     if in_other_layers:
         return f" Only the layer rules it out for: {_some(in_other_layers)}."

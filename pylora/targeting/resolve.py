@@ -172,12 +172,12 @@ def _empty_result_message(config: Any, target_modules: Any, matcher: TargetMatch
             "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
             "`modules_to_save` configuration."
         )
-    if not excluded and not target_modules:
+    if verdicts and not excluded and not target_modules:
         return (
             "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
             "arguments."
         )
-    if excluded:
+    if excluded or not verdicts:
         message = (
             "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
             "modules and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. "

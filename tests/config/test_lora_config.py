@@ -44,7 +44,7 @@ def both(name, *args, **kwargs):
 
 
 def words(text):
-    return [word.strip(".,") for word in re.findall(r"[\w'./=`]+", str(text))]
+    return [word for part in re.findall(r"[\w'./=`]+", str(text)) if (word := part.strip(".,"))]
 
 
 def assert_begins_alike(ours, theirs):
