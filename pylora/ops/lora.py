@@ -116,6 +116,13 @@ def lora_dropout(x: Tensor, dropout_p: float, rng: Tensor | None = None) -> Tens
 # What tracing sees in place of the kernels: shapes and dtypes alone.
 
 
+def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+    # A meta tensor beside a real one brings the call here instead of to the kernels' checks.
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name}: expected the device of x, {x.device}, got {tensor.device}")
+
+
 def _rows(x: Tensor) -> int:
     rows = 1
     for size in x.shape[:-1]:
@@ -134,11 +141,13 @@ def _if_needed(needed: bool, like: Tensor) -> Tensor:
 
 @torch.library.register_fake("pylora::lora_linear")
 def _(x, weight, bias, a, b, scaling, dropout_p=0.0, rng=None):
+    _check_devices("lora_linear", x, weight=weight, bias=bias, a=a, b=b, rng=rng)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("pylora::lora_linear_forward")
 def _(x, weight, bias, a, b, scaling, dropout_p=0.0, rng=None):
+    _check_devices("lora_linear", x, weight=weight, bias=bias, a=a, b=b, rng=rng)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), _new_v(x, a)
 
 
@@ -156,11 +165,13 @@ def _(dy, x, weight, a, b, v, scaling, dropout_p, rng, needs):
 
 @torch.library.register_fake("pylora::lora_add")
 def _(base, x, a, b, scaling, dropout_p=0.0, rng=None):
+    _check_devices("lora_add", x, base=base, a=a, b=b, rng=rng)
     return base.new_empty(base.shape)
 
 
 @torch.library.register_fake("pylora::lora_add_forward")
 def _(base, x, a, b, scaling, dropout_p=0.0, rng=None):
+    _check_devices("lora_add", x, base=base, a=a, b=b, rng=rng)
     return base.new_empty(base.shape), _new_v(x, a)
 
 

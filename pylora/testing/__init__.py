@@ -1,0 +1,1 @@
+"""Helpers that pylora's tests and benchmarks share, shipped so that a new op outside this tree can use them too."""
