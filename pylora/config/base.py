@@ -209,6 +209,10 @@ def _find_config_file(source: str | os.PathLike[str], subfolder: str | None, kwa
     path = os.path.join(source, subfolder or "", CONFIG_NAME)
     if os.path.isfile(path):
         return path
+    missing = f"Can't find '{CONFIG_NAME}' at '{source}'"
+    if os.path.isdir(source):
+        # A folder is never taken for a repository: whoever owns a repository of that name would choose the adapter.
+        raise ValueError(missing)
     try:
         from huggingface_hub import hf_hub_download
 
@@ -217,7 +221,7 @@ def _find_config_file(source: str | os.PathLike[str], subfolder: str | None, kwa
         return hf_hub_download(source, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)  # type: ignore[arg-type]
     except Exception as error:
         # No network, no such repository, a malformed id: whatever keeps the file away, it is not where the caller said.
-        raise ValueError(f"Can't find '{CONFIG_NAME}' at '{source}'") from error
+        raise ValueError(missing) from error
 
 
 def _set_as_list(value: Any) -> list[Any]:

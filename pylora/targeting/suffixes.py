@@ -37,5 +37,8 @@ def find_minimal_target_modules(target_modules: Iterable[str], other_module_name
 
 def _endings(name: str) -> list[str]:
     """The ways to end a name at its parts, shortest first: `a.b.c` gives `c`, `b.c`, `a.b.c`."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+    endings = []
+    dot = len(name)
+    while (dot := name.rfind(".", 0, dot)) >= 0:
+        endings.append(name[dot + 1 :])
+    return [*endings, name]

@@ -203,10 +203,22 @@ def test_no_such_file(tmp_path, monkeypatch, source):
             library.PeftConfig.from_pretrained(source)
 
 
+def test_a_folder_is_never_taken_for_a_repository(tmp_path, monkeypatch):
+    def hf_hub_download(*args, **kwargs):
+        pytest.fail("asked the hub")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    for arguments in ({}, {"subfolder": "sub"}):
+        with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at 'owner/name'"):
+            pc.PeftConfig.from_pretrained("owner/name", **arguments)
+
+
 def test_without_huggingface_hub_a_missing_file_is_still_a_missing_file(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="Can't find"):
-        pc.PeftConfig.from_pretrained(tmp_path)
+        pc.PeftConfig.from_pretrained("owner/name")
 
 
 def test_subfolder_and_hub_arguments(tmp_path, monkeypatch):
