@@ -15,7 +15,7 @@ from pylora.layers import Linear
 
 @pytest.fixture
 def make_layer() -> Callable[..., Linear]:
-    """Builds a LoRA layer with random adapters default, a1, a2, ..., all active, on an `nn.Linear` or the given base."""
+    """Builds a layer with random adapters default, a1, a2, ..., all active, on an `nn.Linear` or the given base."""
 
     def make(
         base: nn.Module | None = None,
