@@ -30,11 +30,16 @@ ALLOW_STALE = "PYLORA_ALLOW_STALE"
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def rebuild_command() -> str:
-    """The command that builds the extension anew for the torch that is installed."""
+def rebuild_command(settings: str = "") -> str:
+    """The command that builds the extension anew for the torch that is installed.
+
+    Args:
+        settings: Environment variables for the build, such as "PYLORA_CUDA=1".
+    """
+    pip = f"{settings} pip install --no-build-isolation".strip()
     if is_source_tree(_PACKAGE.parent):
-        return f"cd {_PACKAGE.parent} && pip install --no-build-isolation -e ."
-    return "pip install --no-build-isolation --no-deps --force-reinstall . (in a folder with pylora's sources)"
+        return f"cd {_PACKAGE.parent} && {pip} -e ."
+    return f"{pip} --no-deps --force-reinstall . (in a folder with pylora's sources)"
 
 
 @functools.cache

@@ -116,13 +116,14 @@ def _examine_gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
         diagnosis.gpus.append({"name": torch.cuda.get_device_name(index), "arch": arch})
         if diagnosis.extension["usable"] and not built:
             diagnosis.notes.append(
-                f"GPU {index} (sm_{arch}) is visible, but pylora is built without CUDA kernels, so its operators run "
-                f"on the CPU alone. Where the sources have kernels: PYLORA_CUDA=1 {_native.rebuild_command()}"
+                f"GPU {index} (sm_{arch}) is visible, but pylora is built without CUDA kernels and uses the CPU only. "
+                f"With a CUDA toolkit: {_native.rebuild_command('PYLORA_CUDA=1')}"
             )
         elif built and not _reaches(built, major, minor):
+            settings = f"PYLORA_CUDA_ARCHS={arch}"
             diagnosis.problems.append(
                 f"GPU {index} needs sm_{arch}, and the CUDA kernels are built for {_join(built)}. "
-                f'Build for it: PYLORA_CUDA_ARCHS="{arch}" {_native.rebuild_command()}'
+                f"Build for it: {_native.rebuild_command(settings)}"
             )
 
 

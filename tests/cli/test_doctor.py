@@ -122,7 +122,7 @@ def test_gpu_without_kernels_is_a_note(monkeypatch):
     found = findings()
     assert found["gpus"] == [{"name": "Testcard", "arch": "90"}]
     assert found["problems"] == []
-    assert any("without CUDA kernels" in note for note in found["notes"])
+    assert any("without CUDA kernels" in note and "PYLORA_CUDA=1 pip install" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_gpu_too_old_for_the_kernels(monkeypatch):
     fake_gpu(monkeypatch, (7, 5))
     result = doctor()
     assert result.exit_code == 1
-    assert 'PYLORA_CUDA_ARCHS="75"' in result.output
+    assert "PYLORA_CUDA_ARCHS=75 pip install" in result.output
 
 
 def run_doctor(**environment):
