@@ -77,8 +77,8 @@ def set_peft_model_state_dict(
         peft_model_state_dict: tensors under checkpoint keys. The adapter may have had another name when saved.
         adapter_name: which adapter to fill.
         ignore_mismatched_sizes: leave out tensors of another shape than the model's, with a warning.
-        low_cpu_mem_usage: let the given tensors take the place of the model's, which are on the meta device, and move
-            them to the device of their layer. Otherwise they are copied.
+        low_cpu_mem_usage: let the given tensors take the place of those that are on the meta device, and move them to
+            the device of their layer. Otherwise, and where the model has real tensors, they are copied.
 
     Returns:
         named tuple of `missing_keys` (everything in the model that was not given, the base model's parameters too)
@@ -113,13 +113,18 @@ class LoadPlan:
     mismatched: list[tuple[str, torch.Size, torch.Size]] = field(default_factory=list)
 
     def apply(self, low_cpu_mem_usage: bool = False) -> _IncompatibleKeys:
-        """Copies (or, with `low_cpu_mem_usage`, assigns) the tensors; returns the adapter's missing keys and others."""
+        """Copies the tensors, or with `low_cpu_mem_usage` puts them where there are only meta tensors.
+
+        Returns:
+            the adapter's missing keys, and the unexpected ones.
+        """
         from torch.nn.modules.module import _IncompatibleKeys
 
         for key, tensor in self.tensors.items():
             place = place_of(self.model, key)
             if place is not None:
-                place.owner.load_state_dict({place.leaf: tensor}, strict=False, assign=low_cpu_mem_usage)
+                assign = low_cpu_mem_usage and place.held.is_meta
+                place.owner.load_state_dict({place.leaf: tensor}, strict=False, assign=assign)
         if low_cpu_mem_usage:
             for site in adapter_sites(self.model):
                 move: Any = getattr(type(site.module), "_move_adapter_to_device_of_base_layer", None)

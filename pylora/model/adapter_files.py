@@ -169,7 +169,7 @@ class AdapterFiles:
                 adapter_name, weights, autocast_adapter_dtype, low_cpu_mem_usage, kwargs.get("ignore_mismatched_sizes")
             )
         except BaseException:
-            before.restore()
+            before.restore(adapter_name)
             config.__dict__.update(old_config)
             raise
         if not is_trainable:
@@ -206,8 +206,9 @@ class AdapterFiles:
             config = PeftConfig.from_pretrained(model_id, **split_hub_arguments(kwargs)[0])
             _warn_about_shared_base(config, model.peft_config.values())
         weights = _read_weights(model_id, torch_device, key_mapping, kwargs)
-        before = ModelSnapshot(model.base_model.model) if is_new else None
-        active = (model.active_adapter, model.base_model.active_adapter)
+        tuner = model.base_model
+        before = ModelSnapshot(tuner.model) if is_new else None
+        active, targeted = tuner.active_adapter, list(tuner.targeted_module_names)
         try:
             if config is not None:
                 config.inference_mode = not is_trainable
@@ -224,7 +225,8 @@ class AdapterFiles:
             )
         except BaseException:
             if before is not None:
-                self._take_back(adapter_name, before, active)
+                before.restore(adapter_name)
+                tuner.active_adapter, tuner.targeted_module_names = active, targeted
             raise
         if is_new and is_trainable:
             model.set_requires_grad(adapter_name)
@@ -245,16 +247,6 @@ class AdapterFiles:
         result = plan.apply(low_cpu_mem_usage=low_cpu_mem_usage)
         model.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         return result
-
-    def _take_back(self, adapter_name: str, before: ModelSnapshot, active: tuple[Any, Any]) -> None:
-        """Undoes the `add_adapter` of a load that failed."""
-        model: Any = self
-        if adapter_name in model.peft_config:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model.base_model.delete_adapter(adapter_name)
-        before.restore()
-        model.active_adapter, model.base_model.active_adapter = active
 
     def create_or_update_model_card(self, output_dir: StrPath) -> None:
         """Writes README.md in `output_dir`, or brings the one there up to date: library, base model, tags, versions."""

@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
-from pylora.layers.walk import walk
+from pylora.layers import BaseTunerLayer, walk
+from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
+
+_ADAPTER_STATE = ("_active_adapter", "_disable_adapters")
 
 
 class ModelSnapshot:
     """Which module hangs where, and the flags on modules and parameters; tensors are not copied.
 
-    Adapters that a layer already has are not recorded, so the cost does not grow with their number. An adapter added to
-    such a layer is to be deleted from it before `restore`.
+    The adapters that a layer already has are not looked at, so the cost does not grow with their number.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._root = model
-        self._root_attributes = dict(model.__dict__)
-        self._modules: list[tuple[nn.Module, dict[str, nn.Module | None], bool, set[int]]] = []
+        self._root_attributes = set(model.__dict__)
+        self._configs: dict[str, Any] = dict(model.__dict__.get("peft_config", {}))
+        self._modules: list[tuple[nn.Module, dict[str, nn.Module | None], dict[str, Any], set[int]]] = []
         self._parameters: list[tuple[nn.Parameter, bool]] = []
         for visit in walk(model):
             module = visit.module
-            self._modules.append(
-                (module, dict(module._modules), module.training, set(module._forward_hooks)),
-            )
+            state = {name: module.__dict__[name] for name in ("training", *_ADAPTER_STATE) if name in module.__dict__}
+            self._modules.append((module, dict(module._modules), state, set(module._forward_hooks)))
             self._parameters += [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
 
-    def restore(self) -> None:
-        """Puts modules, forward hooks, `training` and `requires_grad` back, and the model's own attributes."""
-        for module, children, training, hooks in self._modules:
+    def restore(self, adapter_name: str) -> None:
+        """Takes the adapter out, and puts modules, hooks and flags back.
+
+        An adapter that was there before keeps the values that it has now.
+        """
+        is_new = adapter_name not in self._configs
+        for module, children, state, hooks in self._modules:
+            if is_new and isinstance(module, BaseTunerLayer):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that another adapter becomes active: it will not stay so
+                    module.delete_adapter(adapter_name)
+            elif is_new and isinstance(module, AuxiliaryTrainingWrapper):
+                module._adapters.discard(adapter_name)
             module._modules.clear()
             module._modules.update(children)
-            module.training = training
+            module.__dict__.update(state)
             for added in set(module._forward_hooks) - hooks:
                 _remove_hook(module, added)
         for parameter, requires_grad in self._parameters:
             parameter.requires_grad_(requires_grad)
-        for name in set(self._root.__dict__) - set(self._root_attributes):
+        configs: dict[str, Any] = self._root.__dict__.get("peft_config", {})
+        configs.clear()
+        configs.update(self._configs)
+        for name in set(self._root.__dict__) - self._root_attributes:
             del self._root.__dict__[name]
 
 

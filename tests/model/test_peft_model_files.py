@@ -453,17 +453,32 @@ class TestDamagedFiles:
     def test_the_adapted_model_is_left_as_it_was(self, saved, damage, x):
         damage(saved[0])
         model = make(seed=3, target_modules=["lin0"])
-        model.add_adapter("frozen", LoraConfig(r=2, target_modules=["lin0", "lin1"]))
+        model.add_adapter("frozen", LoraConfig(r=2, target_modules=["lin0"], modules_to_save=["head"]))
         model.train()
-        before, expected, fields = state_of(model), model(x), list(model.peft_config)
+        before, expected, names = state_of(model), model(x), list(model.peft_config)
         with pytest.raises(DAMAGE[damage]):
             model.load_adapter(saved[0], "new")
         assert_unchanged(model, before)
-        assert list(model.peft_config) == fields
+        assert list(model.peft_config) == names
         assert (model.active_adapter, model.active_adapters) == ("default", ["default"])
+        assert model.base_model.targeted_module_names == ["lin0"]
         assert torch.equal(model(x), expected)
-        for layer in (model.lin0, model.lin1):
-            assert "new" not in {*layer.r, *layer.scaling, *layer.lora_A, *layer.lora_dropout}
+        assert type(model.lin1) is nn.Linear
+        assert "new" not in {*model.lin0.r, *model.lin0.scaling, *model.lin0.lora_A, *model.lin0.lora_dropout}
+        assert model.head._adapters == {"frozen"}
+
+    def test_a_base_model_that_has_adapters_already(self, saved, damage, x):
+        damage(saved[0])
+        wrapped = make(seed=3, target_modules=["lin0"])
+        base = wrapped.get_base_model()
+        before, expected = state_of(base), base(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(DAMAGE[damage]):
+                PeftModel.from_pretrained(base, saved[0], adapter_name="new")
+        assert [name for name, *_ in state_of(base)[1]] == [name for name, *_ in before[1]]
+        assert list(wrapped.peft_config) == ["default"]
+        assert torch.equal(wrapped(x), expected)
 
 
 @pytest.mark.parametrize("damage", [d for d in DAMAGE if d is not other_method], ids=lambda function: function.__name__)
