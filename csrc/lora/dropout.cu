@@ -1,0 +1,66 @@
+// dropout_cuda: one Philox counter a thread, hence eight elements, eight columns apart (common/philox.h).
+// Eight neighbouring threads cover 64 neighbouring columns, so that every load and store of a warp touches
+// whole sectors.
+#include "cuda/device.cuh"
+#include "lora/lora.h"
+
+namespace pylora::lora {
+namespace {
+
+constexpr int kThreads = 256, kLanes = 8, kElements = 8;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) dropout_kernel(DropoutArgs args) {
+  using C = Accumulator<T>;
+  const int64_t blocks = (args.width + kDropoutBlock - 1) / kDropoutBlock;
+  const uint64_t seed = static_cast<uint64_t>(args.dropout.rng[0]),
+                 offset = static_cast<uint64_t>(args.dropout.rng[1]);
+  for (int64_t item = cuda::first_item(); item < args.num_tokens * blocks * kLanes;
+       item += cuda::item_step()) {
+    const int64_t row = item / (blocks * kLanes), counter = item % (blocks * kLanes);
+    const PhiloxWords random =
+        philox4x32({{static_cast<uint32_t>(counter), static_cast<uint32_t>(row),
+                     static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32)}},
+                   seed);
+    const T* x = static_cast<const T*>(args.x.data) + row * args.x.row_stride;
+    T* out = static_cast<T*>(args.out.data) + row * args.out.row_stride;
+#pragma unroll
+    for (int v = 0; v < kElements; ++v) {
+      const int64_t column = counter / kLanes * kDropoutBlock + v * kLanes + counter % kLanes;
+      const uint32_t bits = random.word[v / 2] >> (v % 2 * 16) & 0xffff;
+      if (column >= args.width) continue;
+      const C kept = cuda::load(x + column) * static_cast<C>(args.dropout.keep_scale);
+      cuda::store(out + column, bits < args.dropout.threshold ? C(0) : kept);
+    }
+  }
+}
+
+template <class T>
+void launch(const DropoutArgs& args, cudaStream_t stream) {
+  const int64_t items = args.num_tokens * ((args.width + kDropoutBlock - 1) / kDropoutBlock) * kLanes;
+  dropout_kernel<T><<<cuda::grid_blocks(items, kThreads), kThreads, 0, stream>>>(args);
+}
+
+}  // namespace
+
+Status dropout_cuda(const Context& context, const DropoutArgs& args) {
+  if (args.num_tokens == 0 || args.width == 0) return {};
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  switch (args.dtype) {
+    case DType::f32:
+      launch<float>(args, stream);
+      break;
+    case DType::bf16:
+      launch<bf16>(args, stream);
+      break;
+    case DType::f16:
+      launch<f16>(args, stream);
+      break;
+    case DType::f64:
+      launch<double>(args, stream);
+      break;
+  }
+  return cuda::launch_status();
+}
+
+}  // namespace pylora::lora
