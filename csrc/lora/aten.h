@@ -23,7 +23,8 @@ inline Tensor widen(const Tensor& t) {
 
 /// drop(x) as rows of accumulators.
 inline Tensor dropped_rows(const Tensor& x, double dropout_p, const OptionalTensor& rng) {
-  return widen(rows(dropout_p > 0 ? call_dropout(x, dropout_p, rng) : x));
+  const Tensor wide = widen(rows(x));
+  return dropout_p > 0 ? call_dropout(wide, dropout_p, rng) : wide;
 }
 
 /// y = base + scaling * v b^T and v = drop(x) a^T.

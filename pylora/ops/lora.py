@@ -41,7 +41,8 @@ def lora_linear(
 
     Args:
         x: `[..., in_features]`, float32, bfloat16, float16 or float64, any strides.
-        weight: `[out_features, in_features]`, x's dtype, any strides (a transposed view for weights stored `[in, out]`).
+        weight: `[out_features, in_features]`, x's dtype, any strides (weights stored `[in, out]` come
+            as a transposed view).
         bias: `[out_features]`, x's dtype, or None.
         a: `[rank, in_features]`, rank at least 1; float32, bfloat16, float16 or float64, not necessarily x's dtype.
         b: `[out_features, rank]`, a's dtype.
@@ -140,19 +141,48 @@ def _if_needed(needed: bool, like: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("pylora::lora_linear")
-def _(x, weight, bias, a, b, scaling, dropout_p=0.0, rng=None):
+def _fake_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
     _check_devices("lora_linear", x, weight=weight, bias=bias, a=a, b=b, rng=rng)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("pylora::lora_linear_forward")
-def _(x, weight, bias, a, b, scaling, dropout_p=0.0, rng=None):
+def _fake_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     _check_devices("lora_linear", x, weight=weight, bias=bias, a=a, b=b, rng=rng)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), _new_v(x, a)
 
 
 @torch.library.register_fake("pylora::lora_linear_backward")
-def _(dy, x, weight, a, b, v, scaling, dropout_p, rng, needs):
+def _fake_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    v: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_x, need_weight, need_bias, need_a, need_b = needs
     return (
         _if_needed(need_x, x),
@@ -164,22 +194,36 @@ def _(dy, x, weight, a, b, v, scaling, dropout_p, rng, needs):
 
 
 @torch.library.register_fake("pylora::lora_add")
-def _(base, x, a, b, scaling, dropout_p=0.0, rng=None):
+def _fake_add(
+    base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout_p: float = 0.0, rng: Tensor | None = None
+) -> Tensor:
     _check_devices("lora_add", x, base=base, a=a, b=b, rng=rng)
     return base.new_empty(base.shape)
 
 
 @torch.library.register_fake("pylora::lora_add_forward")
-def _(base, x, a, b, scaling, dropout_p=0.0, rng=None):
+def _fake_add_forward(
+    base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout_p: float = 0.0, rng: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     _check_devices("lora_add", x, base=base, a=a, b=b, rng=rng)
     return base.new_empty(base.shape), _new_v(x, a)
 
 
 @torch.library.register_fake("pylora::lora_add_backward")
-def _(dy, x, a, b, v, scaling, dropout_p, rng, needs):
+def _fake_add_backward(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    v: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     return _if_needed(needs[0], x), _if_needed(needs[1], a), _if_needed(needs[2], b)
 
 
 @torch.library.register_fake("pylora::lora_dropout")
-def _(x, dropout_p, rng):
+def _fake_dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)

@@ -112,7 +112,7 @@ def test_strides_and_leading_dimensions(isa, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_strided_output(isa, dtype):
     inputs = lora_inputs(12, 20, 18, 4, dtype)
-    y_ref, grads_ref = expected(inputs)
+    _, grads_ref = expected(inputs)
     inputs.requires_grad_()
     y = lora_linear(inputs.x, inputs.weight, inputs.bias, inputs.a, inputs.b, inputs.scaling)
     grads = torch.autograd.grad(y.t(), inputs.leaves(), inputs.dy.t().contiguous())
@@ -134,7 +134,7 @@ def test_add(isa, dtype, dropout_p):
     assert_near(y, y_ref, 77, "y")
     for grad, grad_ref in zip(grads, grads_ref, strict=True):
         assert_near(grad, grad_ref, 77)
-    assert not y.data_ptr() == base.data_ptr()
+    assert y.data_ptr() != base.data_ptr()
 
 
 def test_add_of_two_adapters_leaves_the_base_alone(isa):
@@ -258,8 +258,7 @@ def test_gradients_only_where_required():
     a, b = inputs.a.requires_grad_(), inputs.b.requires_grad_()
     y = lora_linear(inputs.x, inputs.weight, inputs.bias, a, b, 1.0)
     y.backward(inputs.dy)
-    assert a.grad is not None and b.grad is not None
-    assert inputs.x.grad is None and inputs.weight.grad is None and inputs.bias.grad is None
+    assert [t.grad is None for t in inputs.leaves()] == [True, True, True, False, False]
     only_b = torch.autograd.grad(lora_linear(inputs.x, inputs.weight, None, a, b, 1.0), [b], inputs.dy)
     assert_near(only_b[0], b.grad.double(), 30)
 
@@ -376,7 +375,8 @@ def test_grad_scaler_finds_overflow_and_scales():
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    assert not torch.equal(a, before) and torch.isfinite(a).all()
+    assert not torch.equal(a, before)
+    assert torch.isfinite(a).all()
     optimizer.zero_grad()
     with torch.autocast("cpu", dtype=torch.float16):
         loss = lora_linear(inputs.x * 1e6, inputs.weight, inputs.bias, a, b, 1.0).float().pow(2).mean()
@@ -386,6 +386,38 @@ def test_grad_scaler_finds_overflow_and_scales():
     scaler.update()
     assert torch.equal(a, before)
     assert scaler.get_scale() < 256.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_implementation_of_other_devices(dtype, dropout_p):
+    """The ATen calls that serve CUDA, reached with CPU tensors through CUDA's place in the dispatch table."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    inputs = lora_inputs(11, 40, 24, 5, dtype, torch.float32)
+    rng = RNG if dropout_p else None
+    factors = (inputs.a, inputs.b, inputs.scaling, dropout_p, rng)
+    ops = torch.ops.pylora
+    for op, leading in [
+        (ops.lora_linear_forward, (inputs.x, inputs.weight, inputs.bias)),
+        (ops.lora_add_forward, (inputs.dy, inputs.x)),
+    ]:
+        y, v = op.default.redispatch(cuda, *leading, *factors)
+        y_kernel, v_kernel = op.default(*leading, *factors)
+        assert (y.dtype, v.dtype) == (y_kernel.dtype, v_kernel.dtype)
+        assert_near(y, y_kernel.double(), 40)
+        assert_near(v, v_kernel.double(), 40)
+    v = v_kernel
+    backward = (inputs.a, inputs.b, v, inputs.scaling, dropout_p, rng)
+    for op, leading, needs in [
+        (ops.lora_linear_backward, (inputs.dy, inputs.x, inputs.weight), [True, True, True, True, True]),
+        (ops.lora_linear_backward, (inputs.dy, inputs.x, inputs.weight), [False, True, False, False, True]),
+        (ops.lora_add_backward, (inputs.dy, inputs.x), [True, True, True]),
+        (ops.lora_add_backward, (inputs.dy, inputs.x), [False, True, False]),
+    ]:
+        grads = op.default.redispatch(cuda, *leading, *backward, needs)
+        for grad, grad_kernel in zip(grads, op.default(*leading, *backward, needs), strict=True):
+            assert grad.dtype == grad_kernel.dtype
+            assert_near(grad, grad_kernel.double(), 40)
 
 
 def call_linear(**changes):
@@ -450,7 +482,7 @@ def test_draw_rng_is_two_words_of_torchs_generator():
     first = draw_rng("cpu")
     torch.manual_seed(1)
     assert torch.equal(first, draw_rng("cpu"))
-    assert first.dtype == torch.int64 and first.shape == (2,)
+    assert (first.dtype, first.shape) == (torch.int64, (2,))
     assert len({tuple(draw_rng("cpu").tolist()) for _ in range(50)}) == 50
 
 
