@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from pylora.layers.base import VARIANT_KWARG_KEYS, LoraLayer
@@ -43,6 +44,17 @@ def _is_hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+    )
+
+
+def _calls_are_observed() -> bool:
+    """Whether torch has to see the single calls: global module hooks, and the transforms that the op has no rule for
+    (torch.func's, forward-mode differentiation).
+    """
+    return (
+        torch_module._has_any_global_hook()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -121,7 +133,7 @@ class Linear(nn.Module, LoraLayer):
         if type(weight) not in _PLAIN_TENSORS or weight.dtype not in _OP_DTYPES or type(x) not in _PLAIN_TENSORS:
             return None
         # Inputs that do not fit go to the modules too: torch's error is the one that callers know.
-        if not x.is_cpu or x.shape[-1:] != (self.in_features,) or torch_module._has_any_global_hook():
+        if not x.is_cpu or x.shape[-1:] != (self.in_features,) or _calls_are_observed():
             return None
         if x.dtype is not weight.dtype and not _autocast_matches(x.dtype, weight.dtype):
             return None

@@ -9,12 +9,17 @@ from typing import Any
 from pylora.targeting.defaults import EMBEDDING_LAYER_NAMES
 
 _UNTIE_HINT = """\
-Both embeddings would hold the merged values. To merge into one of them only, save the model untied first:
+Both embeddings would hold the merged values. To merge into one of them only, save the model untied and wrap that one:
 
-    model = AutoModelForCausalLM.from_pretrained(model_id, tie_word_embeddings=False)
-    model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
-    model.save_pretrained(untied_dir)
-    model.config.save_pretrained(untied_dir)
+```python
+model = AutoModelForCausalLM.from_pretrained(model_id, tie_word_embeddings=False)
+model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
+model.save_pretrained(untied_model_dir)
+model.config.save_pretrained(untied_model_dir)
+
+# Now use the original model but in untied format
+model = AutoModelForCausalLM.from_pretrained(untied_model_dir)
+```
 """
 
 

@@ -169,6 +169,21 @@ def test_global_hooks_fire(make_layer, op_calls) -> None:
     assert op_calls == []
 
 
+def test_torch_func_and_forward_mode_see_through_the_layer(make_layer) -> None:
+    layer = make_layer()
+    module_path = copy.deepcopy(layer)
+    module_path.base_layer.register_forward_hook(lambda *_: None)
+    x, tangent = torch.randn(3, 24), torch.randn(3, 24)
+    grads = [torch.func.grad(lambda inputs, run=run: run(inputs).square().sum())(x) for run in (layer, module_path)]
+    torch.testing.assert_close(*grads)
+    tangents = [torch.func.jvp(run, (x,), (tangent,))[1] for run in (layer, module_path)]
+    torch.testing.assert_close(*tangents)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(x, tangent))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangents[1])
+
+
 def test_subclassed_base_is_called(make_layer, reference, op_calls) -> None:
     class Doubling(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
