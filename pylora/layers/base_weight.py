@@ -49,15 +49,23 @@ class BaseWeight(Protocol):
 
 
 class DenseBaseWeight:
-    """A plain tensor, stored as [out, in], or as [in, out] when `transposed` (Conv1D)."""
+    """A plain floating-point tensor, stored as [out, in], or as [in, out] when `transposed` (Conv1D).
+
+    Args:
+        layer: The base layer.
+        transposed: How it stores its weight.
+
+    Raises:
+        UnsupportedFeatureError: The weight has no data (meta), or is quantised or sharded.
+    """
 
     def __init__(self, layer: nn.Module, transposed: bool) -> None:
         self._tensor: torch.Tensor = layer.weight  # type: ignore[assignment]
         self._transposed = transposed
-        if self._tensor.is_meta:
+        problem = _not_dense(self._tensor)
+        if problem:
             raise UnsupportedFeatureError(
-                f"merge: base_layer.weight of {type(layer).__name__}: expected a weight with data, got a meta tensor; "
-                "bring an offloaded or empty model to a device first"
+                f"merge: base_layer.weight of {type(layer).__name__}: expected a floating-point tensor, got {problem}"
             )
 
     @property
@@ -77,3 +85,14 @@ class DenseBaseWeight:
         # In place, so that a tied weight stays tied; through the tensor itself, so that its version counter moves.
         with torch.no_grad():
             self._tensor.copy_(value.t() if self._transposed else value)
+
+
+def _not_dense(tensor: torch.Tensor) -> str:
+    """What keeps `tensor` from being read and written element by element, "" if nothing does."""
+    if tensor.is_meta:
+        return "a meta tensor: bring an offloaded or empty model to a device first"
+    if not tensor.is_floating_point():
+        return f"{tensor.dtype}: a quantised weight cannot be merged into"
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"a {type(tensor).__name__}, which is quantised or sharded"
+    return ""

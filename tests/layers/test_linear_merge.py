@@ -181,6 +181,15 @@ def test_weights_without_data_are_refused(make_layer) -> None:
     assert not layer.merged
 
 
+def test_quantised_weights_are_refused(make_layer) -> None:
+    layer = make_layer()
+    layer.base_layer.weight = nn.Parameter(torch.ones(40, 24, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedFeatureError, match="int8"):
+        layer.merge()
+    assert not layer.merged
+    assert bool((layer.base_layer.weight == 1).all())
+
+
 @pytest.mark.parametrize("base", [None, conv1d], ids=["linear", "conv1d"])
 def test_delta_weight(make_layer, base) -> None:
     layer = make_layer(base and base())
