@@ -174,15 +174,20 @@ def plan_load(
         elif ignore_mismatched_sizes:
             plan.mismatched.append((model_key, tensor.shape, shape))
         else:
-            problems.append(
-                f"size mismatch for {model_key}: copying a param with shape {tensor.shape} from checkpoint, "
-                f"the shape in current model is {shape}."
-            )
+            problems.append(size_mismatch(model_key, tensor.shape, shape))
     if problems:
         listed = "\n\t".join(problems)
         raise RuntimeError(f"Error(s) in loading state_dict for {type(model).__name__}:\n\t{listed}")
     plan.missing = [key for key in own_keys if key not in plan.tensors]
     return plan
+
+
+def size_mismatch(key: str, found: torch.Size, own: torch.Size) -> str:
+    """The line that torch's `load_state_dict` has for a tensor of another shape."""
+    return (
+        f"size mismatch for {key}: copying a param with shape {found} from checkpoint, "
+        f"the shape in current model is {own}."
+    )
 
 
 def _adapter_keys(sites: list[Site], adapter_name: str) -> list[str]:

@@ -45,10 +45,10 @@ def adapter_sites(model: nn.Module) -> Iterator[Site]:
             continue
         seen.add(id(module))
         children: Iterable[tuple[str, nn.Module | None]] = module._modules.items()
-        if "original_module" in module._modules and hasattr(type(module), "adapter_state_dict_load_map"):
+        if is_auxiliary(module):
             yield Site(_state_dict_name(name), module, is_auxiliary=True)
             continue
-        if _is_adapter_layer(module):
+        if is_adapter_layer(module):
             yield Site(_state_dict_name(name), module, is_auxiliary=False)
             children = [("base_layer", module._modules["base_layer"])]
         stack.extend((join(name, part), child) for part, child in reversed(list(children)) if child is not None)
@@ -96,11 +96,17 @@ def _containers(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
         path = join(name, attribute)
         if _is_keyed_by_adapter(child):
             yield path, child
-        elif _is_adapter_layer(child):
+        elif is_adapter_layer(child):
             yield from _containers(path, child)
 
 
-def _is_adapter_layer(module: Any) -> bool:
+def is_auxiliary(module: nn.Module) -> bool:
+    """Whether it is a wrapper that trains and saves its `original_module`, or rows of it, beside the adapters."""
+    return "original_module" in module._modules and hasattr(type(module), "adapter_state_dict_load_map")
+
+
+def is_adapter_layer(module: Any) -> bool:
+    """Whether it adds adapters to a `base_layer`."""
     return "base_layer" in getattr(module, "_modules", ()) and hasattr(type(module), "adapter_layer_names")
 
 

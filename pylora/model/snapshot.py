@@ -21,7 +21,7 @@ class ModelSnapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._root = model
-        self._root_attributes = set(model.__dict__)
+        self._root_attributes = dict(model.__dict__)
         self._configs: dict[str, Any] = dict(model.__dict__.get("peft_config", {}))
         self._modules: list[tuple[nn.Module, dict[str, nn.Module | None], dict[str, Any], set[int]]] = []
         self._parameters: list[tuple[nn.Parameter, bool]] = []
@@ -54,8 +54,8 @@ class ModelSnapshot:
         configs: dict[str, Any] = self._root.__dict__.get("peft_config", {})
         configs.clear()
         configs.update(self._configs)
-        for name in set(self._root.__dict__) - self._root_attributes:
-            del self._root.__dict__[name]
+        self._root.__dict__.clear()
+        self._root.__dict__.update(self._root_attributes)
 
 
 def _remove_hook(module: nn.Module, hook_id: int) -> None:

@@ -327,6 +327,31 @@ class TestLoading:
         base._checkpoint_conversion_mapping = {"^old": "lin"}
         assert torch.equal(PeftModel.from_pretrained(base, folder)(x), expected)
 
+    def test_trained_biases_and_heads_keep_their_dtype_with_low_cpu_mem_usage(self, tmp_path):
+        make(bias="all", modules_to_save=["head"]).save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(Mlp().bfloat16(), tmp_path, low_cpu_mem_usage=True)
+        assert model.lin0.base_layer.bias.dtype is torch.bfloat16
+        assert model.head.modules_to_save.default.weight.dtype is torch.bfloat16
+        assert model.lin0.lora_A.default.weight.dtype is torch.float32
+
+    def test_hooks_of_gradient_checkpointing_are_taken_back(self, tmp_path):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tiny = LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        get_peft_model(LlamaForCausalLM(tiny), config).save_pretrained(tmp_path)
+        tensors = {key: torch.zeros(1, 1) for key in load_file(tmp_path / WEIGHTS)}
+        save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+        base = LlamaForCausalLM(tiny)
+        base.activation_checkpointing_enable()
+        before, hooks = state_of(base), list(base.get_input_embeddings()._forward_hooks)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert_unchanged(base, before)
+        assert list(base.get_input_embeddings()._forward_hooks) == hooks
+
     def test_offloaded_models_are_refused(self, saved):
         base = Mlp()
         base.hf_device_map = {"lin0": 0, "lin1": "disk"}
