@@ -13,13 +13,6 @@ from pylora.layers import BaseTunerLayer
 from pylora.layers.tuner_layer import set_layer_requires_grad
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
 
-# Heads that a task trains without being asked, by `TaskType` value (PEFT's task model classes add the same names).
-TASK_MODULES_TO_SAVE: dict[str, tuple[str, ...]] = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """Holds a trainable copy of `original_module` for each adapter, in `modules_to_save.<adapter>`.
