@@ -51,17 +51,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("__version__") = PYLORA_VERSION;
   m.def("build_info", &build_info, "What this extension was built from and for.");
   m.def("cpu_isa", &cpu_isa, "The instruction set that CPU kernels use.");
+  m.def("cpu_isas_supported", [] { return isas_where(isa_supported); }, "The instruction sets this CPU can run.");
   m.def(
-      "cpu_isas_supported", [] { return isas_where(isa_supported); },
-      "The instruction sets this CPU can run.");
-  m.def(
-      "set_cpu_isa", [](const std::string& name) { binding::throw_unless_ok(set_isa(name.c_str())); },
-      arg("name"), "Switches all later CPU kernel launches of the process; tests and benchmarks use it.");
+      "set_cpu_isa", [](const std::string& name) { binding::throw_unless_ok(set_isa(name.c_str())); }, arg("name"),
+      "Switches all later CPU kernel launches of the process; tests and benchmarks use it.");
 
   const py::call_guard<py::gil_scoped_release> no_gil;
-  m.def("lora_linear", &lora::call_linear, arg("x"), arg("weight"), arg("bias"), arg("a"), arg("b"),
-        arg("scaling"), arg("dropout_p"), arg("rng"), no_gil);
-  m.def("lora_add", &lora::call_add, arg("base"), arg("x"), arg("a"), arg("b"), arg("scaling"),
+  m.def("lora_linear", &lora::call_linear, arg("x"), arg("weight"), arg("bias"), arg("a"), arg("b"), arg("scaling"),
         arg("dropout_p"), arg("rng"), no_gil);
+  m.def("lora_add", &lora::call_add, arg("base"), arg("x"), arg("a"), arg("b"), arg("scaling"), arg("dropout_p"),
+        arg("rng"), no_gil);
   m.def("lora_dropout", &lora::call_dropout, arg("x"), arg("dropout_p"), arg("rng"), no_gil);
 }

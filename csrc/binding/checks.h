@@ -17,8 +17,8 @@ class Checks {
   explicit Checks(const char* op) : op_(op) {}
 
   void dim_at_least(const char* name, const at::Tensor& t, int64_t dims) const {
-    TORCH_CHECK_VALUE(t.dim() >= dims, op_, ": ", name, ": expected at least ", dims,
-                      " dimension(s), got shape ", t.sizes());
+    TORCH_CHECK_VALUE(t.dim() >= dims, op_, ": ", name, ": expected at least ", dims, " dimension(s), got shape ",
+                      t.sizes());
   }
 
   /// -1 in `expected` matches any size.
@@ -34,16 +34,14 @@ class Checks {
                      ": expected float32, bfloat16, float16 or float64, got ", t.scalar_type());
   }
 
-  void same_dtype(const char* name, const at::Tensor& t, const char* like_name,
-                  const at::Tensor& like) const {
-    TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op_, ": ", name, ": expected the dtype of ",
-                     like_name, ", ", like.scalar_type(), ", got ", t.scalar_type());
+  void same_dtype(const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) const {
+    TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op_, ": ", name, ": expected the dtype of ", like_name,
+                     ", ", like.scalar_type(), ", got ", t.scalar_type());
   }
 
-  void same_device(const char* name, const at::Tensor& t, const char* like_name,
-                   const at::Tensor& like) const {
-    TORCH_CHECK_VALUE(t.device() == like.device(), op_, ": ", name, ": expected the device of ", like_name,
-                      ", ", like.device(), ", got ", t.device());
+  void same_device(const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) const {
+    TORCH_CHECK_VALUE(t.device() == like.device(), op_, ": ", name, ": expected the device of ", like_name, ", ",
+                      like.device(), ", got ", t.device());
   }
 
   void dropout(double p, const std::optional<at::Tensor>& rng, const at::Tensor& x) const {

@@ -27,8 +27,6 @@ inline DType to_dtype(at::ScalarType type) {
   }
 }
 
-inline at::ScalarType accumulator_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
+inline at::ScalarType accumulator_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 }  // namespace pylora::binding

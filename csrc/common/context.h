@@ -11,8 +11,8 @@ using RangeBody = void (*)(void* body, int64_t begin, int64_t end);
 struct Context {
   /// Calls body(begin, end) on ranges that cover [0, count), each of at least `grain` where count allows it;
   /// returns when all are done.
-  void (*run_ranges)(int64_t count, int64_t grain, RangeBody call, void* body) =
-      [](int64_t count, int64_t, RangeBody call, void* body) { call(body, 0, count); };
+  void (*run_ranges)(int64_t count, int64_t grain, RangeBody call,
+                     void* body) = [](int64_t count, int64_t, RangeBody call, void* body) { call(body, 0, count); };
   /// cudaStream_t of CUDA launchers; unused on the CPU.
   void* stream = nullptr;
 };

@@ -47,8 +47,7 @@ PYLORA_HOST_DEVICE constexpr PhiloxWords philox4x32(PhiloxWords counter, uint64_
 /// Dropout as the kernels take it. threshold 0: nothing is dropped; 65536: everything is.
 struct Dropout {
   uint32_t threshold = 0;  // round(p * 65536)
-  double keep_scale =
-      1;  // 65536 / (65536 - threshold), 0 where everything is dropped: the mean is kept exactly
+  double keep_scale = 1;   // 65536 / (65536 - threshold), 0 where everything is dropped: the mean is kept exactly
   /// int64 [2] {seed, offset}, in the memory of the device that runs the op, so that a replayed CUDA graph
   /// draws anew.
   const int64_t* rng = nullptr;

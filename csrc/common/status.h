@@ -12,11 +12,7 @@ struct Status {
   constexpr bool is_ok() const { return code == Code::ok; }
 };
 
-constexpr Status invalid_argument(const char* message) {
-  return {Status::Code::invalid_argument, message};
-}
-constexpr Status unsupported(const char* message) {
-  return {Status::Code::unsupported, message};
-}
+constexpr Status invalid_argument(const char* message) { return {Status::Code::invalid_argument, message}; }
+constexpr Status unsupported(const char* message) { return {Status::Code::unsupported, message}; }
 
 }  // namespace pylora

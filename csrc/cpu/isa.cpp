@@ -39,13 +39,11 @@ unsigned saved_state() {
 
 bool x86_supported(Isa isa) {
   constexpr unsigned kYmm = 0x6, kZmm = 0xE6;
-  constexpr int kFma = 12, kF16c = 29, kAvx2 = 5, kAvx512f = 16, kAvx512dq = 17, kAvx512bw = 30,
-                kAvx512vl = 31;
+  constexpr int kFma = 12, kF16c = 29, kAvx2 = 5, kAvx512f = 16, kAvx512dq = 17, kAvx512bw = 30, kAvx512vl = 31;
   const unsigned state = saved_state(), features = cpuid(1).ecx, extended = cpuid(7).ebx;
   const bool avx2 = (state & kYmm) == kYmm && has(features, kFma, kF16c) && has(extended, kAvx2);
   if (isa == Isa::avx2) return avx2;
-  return avx2 && (state & kZmm) == kZmm && has(extended, kAvx512f, kAvx512dq) &&
-         has(extended, kAvx512bw, kAvx512vl);
+  return avx2 && (state & kZmm) == kZmm && has(extended, kAvx512f, kAvx512dq) && has(extended, kAvx512bw, kAvx512vl);
 }
 #endif
 
@@ -61,8 +59,7 @@ Status find_isa(const char* name, Isa* found) {
     if (std::strcmp(name, isa_name(isa)) != 0) continue;
     if (!isa_built(isa))
       return invalid_argument("cpu isa: this build of pylora does not contain the instruction set asked for");
-    if (!isa_supported(isa))
-      return unsupported("cpu isa: this CPU does not have the instruction set asked for");
+    if (!isa_supported(isa)) return unsupported("cpu isa: this CPU does not have the instruction set asked for");
     *found = isa;
     return {};
   }

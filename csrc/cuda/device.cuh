@@ -38,12 +38,8 @@ __device__ void store(T* p, Accumulator<T> value) {
 }
 
 /// First item and step of this thread in a one-dimensional grid that walks any number of items.
-__device__ inline int64_t first_item() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
-__device__ inline int64_t item_step() {
-  return static_cast<int64_t>(gridDim.x) * blockDim.x;
-}
+__device__ inline int64_t first_item() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ inline int64_t item_step() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
 /// Blocks for `items` threads' worth of work, within a bound: the kernels stride over what is left.
 inline unsigned grid_blocks(int64_t items, int threads) {

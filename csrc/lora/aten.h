@@ -14,12 +14,8 @@
 
 namespace pylora::lora::aten {
 
-inline Tensor rows(const Tensor& t) {
-  return t.reshape({-1, t.size(-1)});
-}
-inline Tensor widen(const Tensor& t) {
-  return t.to(binding::accumulator_type(t.scalar_type()));
-}
+inline Tensor rows(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
+inline Tensor widen(const Tensor& t) { return t.to(binding::accumulator_type(t.scalar_type())); }
 
 /// drop(x) as rows of accumulators.
 inline Tensor dropped_rows(const Tensor& x, double dropout_p, const OptionalTensor& rng) {
@@ -28,9 +24,8 @@ inline Tensor dropped_rows(const Tensor& x, double dropout_p, const OptionalTens
 }
 
 /// y = base + scaling * v b^T and v = drop(x) a^T.
-inline std::tuple<Tensor, Tensor> forward(const Tensor& base, const Tensor& x, const Tensor& a,
-                                          const Tensor& b, double scaling, double dropout_p,
-                                          const OptionalTensor& rng) {
+inline std::tuple<Tensor, Tensor> forward(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
+                                          double scaling, double dropout_p, const OptionalTensor& rng) {
   const Tensor x_rows = dropped_rows(x, dropout_p, rng);
   const Tensor v = at::mm(x_rows, a.t().to(x_rows.scalar_type()));
   const Tensor delta = at::mm(v, b.t().to(v.scalar_type())).mul(scaling);

@@ -14,36 +14,30 @@ namespace pylora::lora {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-inline bool wants_grad(const Tensor& t) {
-  return t.requires_grad();
-}
-inline bool wants_grad(const OptionalTensor& t) {
-  return t && t->requires_grad();
-}
+inline bool wants_grad(const Tensor& t) { return t.requires_grad(); }
+inline bool wants_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
+inline bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
+inline bool has_tangent(const OptionalTensor& t) { return t && has_tangent(*t); }
 
 template <class... Tensors>
 bool records_graph(const Tensors&... tensors) {
+  // torch says so itself only where the call also records a graph; elsewhere the tangent would be lost in silence.
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(tensors) || ...), "lora: no forward-mode derivative (jvp)");
   return at::GradMode::is_enabled() && (wants_grad(tensors) || ...);
 }
 
-/// A gradient that was not asked for comes out of an op as an empty tensor, and goes back to autograd
-/// undefined.
-inline Tensor if_needed(bool needed, const Tensor& grad) {
-  return needed ? grad : Tensor();
-}
+/// A gradient that was not asked for comes out of an op as an empty tensor, and goes back to autograd undefined.
+inline Tensor if_needed(bool needed, const Tensor& grad) { return needed ? grad : Tensor(); }
 
-inline OptionalTensor optional(const Tensor& t) {
-  return t.defined() ? OptionalTensor(t) : std::nullopt;
-}
+inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   // The optional bias and rng come last among the tensors: an absent one takes no edge, and shifts those
   // after it.
   enum Edge { kX, kWeight, kA, kB, kBias };
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& a,
-                        const Tensor& b, const OptionalTensor& bias, const OptionalTensor& rng,
-                        double scaling, double dropout_p) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b,
+                        const OptionalTensor& bias, const OptionalTensor& rng, double scaling, double dropout_p) {
     static const auto op =
         find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                                            const Tensor&, double, double, const OptionalTensor&)>(
@@ -59,17 +53,14 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &a = saved[2], &b = saved[3], &v = saved[4],
-                 &dy = grad_outputs[0];
+    const Tensor &x = saved[0], &weight = saved[1], &a = saved[2], &b = saved[3], &v = saved[4], &dy = grad_outputs[0];
     const OptionalTensor rng = optional(saved[5]);
-    const double scaling = ctx->saved_data["scaling"].toDouble(),
-                 dropout_p = ctx->saved_data["dropout_p"].toDouble();
+    const double scaling = ctx->saved_data["scaling"].toDouble(), dropout_p = ctx->saved_data["dropout_p"].toDouble();
     const bool need_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(kBias);
     const bool need_x = ctx->needs_input_grad(kX), need_weight = ctx->needs_input_grad(kWeight);
     const bool need_a = ctx->needs_input_grad(kA), need_b = ctx->needs_input_grad(kB);
     if (at::GradMode::is_enabled()) {
-      const aten::Gradients grads =
-          aten::backward(dy, x, a, b, scaling, dropout_p, rng, {need_x, need_a, need_b});
+      const aten::Gradients grads = aten::backward(dy, x, a, b, scaling, dropout_p, rng, {need_x, need_a, need_b});
       const Tensor dy_rows = aten::rows(dy);
       Tensor dx, dweight, dbias;
       if (need_x) dx = at::mm(dy_rows, weight).view(x.sizes()).add(grads.dx).to(x.scalar_type());
@@ -78,10 +69,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       return {dx, dweight, grads.da, grads.db, dbias, Tensor(), Tensor(), Tensor()};
     }
     static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
-        double, const OptionalTensor&, std::array<bool, 5>)>("pylora::lora_linear_backward");
-    const auto [dx, dweight, dbias, da, db] = op.call(dy, x, weight, a, b, v, scaling, dropout_p, rng,
-                                                      {need_x, need_weight, need_bias, need_a, need_b});
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
+        const OptionalTensor&, std::array<bool, 5>)>("pylora::lora_linear_backward");
+    const auto [dx, dweight, dbias, da, db] =
+        op.call(dy, x, weight, a, b, v, scaling, dropout_p, rng, {need_x, need_weight, need_bias, need_a, need_b});
     return {if_needed(need_x, dx),
             if_needed(need_weight, dweight),
             if_needed(need_a, da),
@@ -96,11 +87,11 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 struct AddFunction : torch::autograd::Function<AddFunction> {
   enum Edge { kBase, kX, kA, kB };
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& base, const Tensor& x, const Tensor& a,
-                        const Tensor& b, const OptionalTensor& rng, double scaling, double dropout_p) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
+                        const OptionalTensor& rng, double scaling, double dropout_p) {
     static const auto op =
-        find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
-                                           double, const OptionalTensor&)>("pylora::lora_add_forward");
+        find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
+                                           const OptionalTensor&)>("pylora::lora_add_forward");
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [y, v] = op.call(base, x, a, b, scaling, dropout_p, rng);
     ctx->save_for_backward({x, a, b, v, rng.value_or(Tensor())});
@@ -113,16 +104,13 @@ struct AddFunction : torch::autograd::Function<AddFunction> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &a = saved[1], &b = saved[2], &v = saved[3], &dy = grad_outputs[0];
     const OptionalTensor rng = optional(saved[4]);
-    const double scaling = ctx->saved_data["scaling"].toDouble(),
-                 dropout_p = ctx->saved_data["dropout_p"].toDouble();
+    const double scaling = ctx->saved_data["scaling"].toDouble(), dropout_p = ctx->saved_data["dropout_p"].toDouble();
     const bool need_x = ctx->needs_input_grad(kX), need_a = ctx->needs_input_grad(kA),
                need_b = ctx->needs_input_grad(kB);
     const Tensor dbase = if_needed(ctx->needs_input_grad(kBase), dy);
-    if (!(need_x || need_a || need_b))
-      return {dbase, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    if (!(need_x || need_a || need_b)) return {dbase, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
     if (at::GradMode::is_enabled()) {
-      const aten::Gradients grads =
-          aten::backward(dy, x, a, b, scaling, dropout_p, rng, {need_x, need_a, need_b});
+      const aten::Gradients grads = aten::backward(dy, x, a, b, scaling, dropout_p, rng, {need_x, need_a, need_b});
       const Tensor dx = need_x ? grads.dx.to(x.scalar_type()) : Tensor();
       return {dbase, dx, grads.da, grads.db, Tensor(), Tensor(), Tensor()};
     }
@@ -130,8 +118,7 @@ struct AddFunction : torch::autograd::Function<AddFunction> {
         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
         const OptionalTensor&, std::array<bool, 3>)>("pylora::lora_add_backward");
     const auto [dx, da, db] = op.call(dy, x, a, b, v, scaling, dropout_p, rng, {need_x, need_a, need_b});
-    return {dbase,   if_needed(need_x, dx), if_needed(need_a, da), if_needed(need_b, db), Tensor(), Tensor(),
-            Tensor()};
+    return {dbase, if_needed(need_x, dx), if_needed(need_a, da), if_needed(need_b, db), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -149,9 +136,8 @@ struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
   }
 };
 
-inline Tensor linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                              const Tensor& a, const Tensor& b, double scaling, double dropout_p,
-                              const OptionalTensor& rng) {
+inline Tensor linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a,
+                              const Tensor& b, double scaling, double dropout_p, const OptionalTensor& rng) {
   if (records_graph(x, weight, bias, a, b)) {
     return LinearFunction::apply(x, weight, a, b, bias, rng, scaling, dropout_p);
   }
@@ -159,8 +145,8 @@ inline Tensor linear_autograd(const Tensor& x, const Tensor& weight, const Optio
   return call_linear(x, weight, bias, a, b, scaling, dropout_p, rng);
 }
 
-inline Tensor add_autograd(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
-                           double scaling, double dropout_p, const OptionalTensor& rng) {
+inline Tensor add_autograd(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double scaling,
+                           double dropout_p, const OptionalTensor& rng) {
   if (records_graph(base, x, a, b)) return AddFunction::apply(base, x, a, b, rng, scaling, dropout_p);
   const at::AutoDispatchBelowADInplaceOrView below;
   return call_add(base, x, a, b, scaling, dropout_p, rng);

@@ -20,12 +20,8 @@ struct DeltaNeeds {
   bool any() const { return dx || da || db; }
 };
 
-inline ConstMatrix matrix(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
-}
-inline MutableMatrix mutable_matrix(const Tensor& t) {
-  return {t.mutable_data_ptr(), t.stride(0), t.stride(1)};
-}
+inline ConstMatrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+inline MutableMatrix mutable_matrix(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1)}; }
 
 /// Tokens as rows, neighbouring columns side by side in memory: a copy only where the strides allow nothing
 /// else.
@@ -52,9 +48,8 @@ inline Dropout dropout_of(double dropout_p, const OptionalTensor& rng) {
 }
 
 struct KernelBackend {
-  static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a,
-                                            const Tensor& b, double scaling, double dropout_p,
-                                            const OptionalTensor& rng) {
+  static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
+                                            double scaling, double dropout_p, const OptionalTensor& rng) {
     const Tensor x_rows = token_rows(x);
     ForwardArgs args;
     args.shape = shape_of(x_rows, a, b);
@@ -73,9 +68,9 @@ struct KernelBackend {
     return {y, v};
   }
 
-  static aten::Gradients backward(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& a,
-                                  const Tensor& b, const Tensor& v, double scaling, double dropout_p,
-                                  const OptionalTensor& rng, DeltaNeeds needs) {
+  static aten::Gradients backward(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
+                                  const Tensor& v, double scaling, double dropout_p, const OptionalTensor& rng,
+                                  DeltaNeeds needs) {
     const Tensor x_rows = token_rows(x), dy_rows = token_rows(dy);
     BackwardArgs args;
     args.shape = shape_of(x_rows, a, b);
@@ -98,17 +93,15 @@ struct KernelBackend {
 };
 
 struct AtenBackend {
-  static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a,
-                                            const Tensor& b, double scaling, double dropout_p,
-                                            const OptionalTensor& rng) {
+  static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
+                                            double scaling, double dropout_p, const OptionalTensor& rng) {
     return aten::forward(y, x, a, b, scaling, dropout_p, rng);
   }
 
-  static aten::Gradients backward(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& a,
-                                  const Tensor& b, const Tensor&, double scaling, double dropout_p,
-                                  const OptionalTensor& rng, DeltaNeeds needs) {
-    aten::Gradients grads =
-        aten::backward(dy, x, a, b, scaling, dropout_p, rng, {needs.dx, needs.da, needs.db});
+  static aten::Gradients backward(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
+                                  const Tensor&, double scaling, double dropout_p, const OptionalTensor& rng,
+                                  DeltaNeeds needs) {
+    aten::Gradients grads = aten::backward(dy, x, a, b, scaling, dropout_p, rng, {needs.dx, needs.da, needs.db});
     if (needs.dx) grads.dx = (aten::widen(dx) + grads.dx.view(dx.sizes())).to(dx.scalar_type());
     return grads;
   }

@@ -19,22 +19,20 @@ auto find_op(const char* name) {
 
 inline Tensor call_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a,
                           const Tensor& b, double scaling, double dropout_p, const OptionalTensor& rng) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                     double, double, const OptionalTensor&)>("pylora::lora_linear");
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                        const Tensor&, double, double, const OptionalTensor&)>("pylora::lora_linear");
   return op.call(x, weight, bias, a, b, scaling, dropout_p, rng);
 }
 
 inline Tensor call_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double scaling,
                        double dropout_p, const OptionalTensor& rng) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
-                                        double, const OptionalTensor&)>("pylora::lora_add");
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
+                                        const OptionalTensor&)>("pylora::lora_add");
   return op.call(base, x, a, b, scaling, dropout_p, rng);
 }
 
 inline Tensor call_dropout(const Tensor& x, double dropout_p, const OptionalTensor& rng) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, double, const OptionalTensor&)>("pylora::lora_dropout");
+  static const auto op = find_op<Tensor(const Tensor&, double, const OptionalTensor&)>("pylora::lora_dropout");
   return op.call(x, dropout_p, rng);
 }
 

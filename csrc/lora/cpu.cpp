@@ -24,9 +24,7 @@ class Workspace {
   char* next_;
 };
 
-int index(DType dtype) {
-  return static_cast<int>(dtype);
-}
+int index(DType dtype) { return static_cast<int>(dtype); }
 
 Status find_kernels(const Kernels** kernels) {
   Isa isa;
@@ -36,8 +34,7 @@ Status find_kernels(const Kernels** kernels) {
 }
 
 Status check_shape(const Shape& s) {
-  if (s.num_tokens < 0 || s.in_features < 0 || s.out_features < 0)
-    return invalid_argument("lora: negative size");
+  if (s.num_tokens < 0 || s.in_features < 0 || s.out_features < 0) return invalid_argument("lora: negative size");
   if (s.rank < 1) return invalid_argument("lora: rank: expected at least 1");
   return {};
 }
@@ -52,9 +49,7 @@ const void* as_rows(const Kernels& kernels, const Shape& s, ConstMatrix m, int64
   return space;
 }
 
-ConstMatrix transposed(ConstMatrix m) {
-  return {m.data, m.column_stride, m.row_stride};
-}
+ConstMatrix transposed(ConstMatrix m) { return {m.data, m.column_stride, m.row_stride}; }
 
 }  // namespace
 
@@ -65,17 +60,14 @@ Status forward_cpu(const Context& context, const ForwardArgs& args) {
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
 
   Workspace workspace(args.workspace);
-  const void* a =
-      as_rows(*kernels, s, args.a, s.in_features, workspace.take(block_bytes(s, s.rank, s.in_features)));
-  const void* b = as_rows(*kernels, s, transposed(args.b), s.out_features,
-                          workspace.take(block_bytes(s, s.rank, s.out_features)));
-  parallel_for(context, s.num_tokens, grain(s.rank * (s.in_features + s.out_features)),
-               [&](int64_t begin, int64_t end) {
-                 kernels->shrink[index(s.dtype)](begin, end, args.x, s.in_features, a, s.rank, 1.0,
-                                                 args.dropout, args.v);
-                 kernels->expand[index(s.dtype)](begin, end, args.v, b, s.rank, args.scaling, Dropout{},
-                                                 args.y, s.out_features);
-               });
+  const void* a = as_rows(*kernels, s, args.a, s.in_features, workspace.take(block_bytes(s, s.rank, s.in_features)));
+  const void* b =
+      as_rows(*kernels, s, transposed(args.b), s.out_features, workspace.take(block_bytes(s, s.rank, s.out_features)));
+  parallel_for(
+      context, s.num_tokens, grain(s.rank * (s.in_features + s.out_features)), [&](int64_t begin, int64_t end) {
+        kernels->shrink[index(s.dtype)](begin, end, args.x, s.in_features, a, s.rank, 1.0, args.dropout, args.v);
+        kernels->expand[index(s.dtype)](begin, end, args.v, b, s.rank, args.scaling, Dropout{}, args.y, s.out_features);
+      });
   return {};
 }
 
@@ -86,8 +78,7 @@ Status backward_cpu(const Context& context, const BackwardArgs& args) {
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
 
   Workspace workspace(args.workspace);
-  const int64_t a_bytes = block_bytes(s, s.rank, s.in_features),
-                b_bytes = block_bytes(s, s.rank, s.out_features);
+  const int64_t a_bytes = block_bytes(s, s.rank, s.in_features), b_bytes = block_bytes(s, s.rank, s.out_features);
   const void* a = as_rows(*kernels, s, args.a, s.in_features, workspace.take(a_bytes));
   const void* b = as_rows(*kernels, s, transposed(args.b), s.out_features, workspace.take(b_bytes));
   void* g = workspace.take(block_bytes(s, s.num_tokens, s.rank));
@@ -97,28 +88,25 @@ Status backward_cpu(const Context& context, const BackwardArgs& args) {
   if (args.dx.data || args.da) {
     const int64_t work = s.rank * (s.out_features + (args.dx.data ? s.in_features : 0));
     parallel_for(context, s.num_tokens, grain(work), [&](int64_t begin, int64_t end) {
-      kernels->shrink[index(s.dtype)](begin, end, args.dy, s.out_features, b, s.rank, args.scaling, Dropout{},
-                                      g);
+      kernels->shrink[index(s.dtype)](begin, end, args.dy, s.out_features, b, s.rank, args.scaling, Dropout{}, g);
       if (args.dx.data) {
         kernels->expand[index(s.dtype)](begin, end, g, a, s.rank, 1.0, args.dropout, args.dx, s.in_features);
       }
     });
   }
   const bool f64 = accumulator_dtype(s.dtype) == DType::f64;
-  const auto factor_gradient = [&](const void* v, ConstMatrix x, int64_t width, double scaling,
-                                   const Dropout& dropout, void* sums, bool transpose, void* out) {
+  const auto factor_gradient = [&](const void* v, ConstMatrix x, int64_t width, double scaling, const Dropout& dropout,
+                                   void* sums, bool transpose, void* out) {
     const int64_t blocks = (width + kDropoutBlock - 1) / kDropoutBlock;
-    parallel_for(context, blocks, grain(kDropoutBlock * s.rank * s.num_tokens),
-                 [&](int64_t begin, int64_t end) {
-                   const int64_t last = end * kDropoutBlock < width ? end * kDropoutBlock : width;
-                   kernels->outer[index(s.dtype)](begin * kDropoutBlock, last, v, s.rank, x, s.num_tokens,
-                                                  width, scaling, dropout, sums);
-                 });
+    parallel_for(context, blocks, grain(kDropoutBlock * s.rank * s.num_tokens), [&](int64_t begin, int64_t end) {
+      const int64_t last = end * kDropoutBlock < width ? end * kDropoutBlock : width;
+      kernels->outer[index(s.dtype)](begin * kDropoutBlock, last, v, s.rank, x, s.num_tokens, width, scaling, dropout,
+                                     sums);
+    });
     kernels->round[index(s.factor_dtype)][f64](sums, s.rank, width, transpose, out);
   };
   if (args.da) factor_gradient(g, args.x, s.in_features, 1.0, args.dropout, da_sums, false, args.da);
-  if (args.db)
-    factor_gradient(args.v, args.dy, s.out_features, args.scaling, Dropout{}, db_sums, true, args.db);
+  if (args.db) factor_gradient(args.v, args.dy, s.out_features, args.scaling, Dropout{}, db_sums, true, args.db);
   return {};
 }
 

@@ -13,15 +13,12 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) dropout_kernel(DropoutArgs args) {
   using C = Accumulator<T>;
   const int64_t blocks = (args.width + kDropoutBlock - 1) / kDropoutBlock;
-  const uint64_t seed = static_cast<uint64_t>(args.dropout.rng[0]),
-                 offset = static_cast<uint64_t>(args.dropout.rng[1]);
-  for (int64_t item = cuda::first_item(); item < args.num_tokens * blocks * kLanes;
-       item += cuda::item_step()) {
+  const uint64_t seed = static_cast<uint64_t>(args.dropout.rng[0]), offset = static_cast<uint64_t>(args.dropout.rng[1]);
+  for (int64_t item = cuda::first_item(); item < args.num_tokens * blocks * kLanes; item += cuda::item_step()) {
     const int64_t row = item / (blocks * kLanes), counter = item % (blocks * kLanes);
-    const PhiloxWords random =
-        philox4x32({{static_cast<uint32_t>(counter), static_cast<uint32_t>(row),
-                     static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32)}},
-                   seed);
+    const PhiloxWords random = philox4x32({{static_cast<uint32_t>(counter), static_cast<uint32_t>(row),
+                                            static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32)}},
+                                          seed);
     const T* x = static_cast<const T*>(args.x.data) + row * args.x.row_stride;
     T* out = static_cast<T*>(args.out.data) + row * args.out.row_stride;
 #pragma unroll

@@ -18,8 +18,7 @@ constexpr int64_t block_bytes(const Shape& shape, int64_t rows, int64_t columns)
 
 /// Both factors as [rank, width] rows of accumulators.
 constexpr int64_t forward_workspace_bytes(const Shape& shape) {
-  return block_bytes(shape, shape.rank, shape.in_features) +
-         block_bytes(shape, shape.rank, shape.out_features);
+  return block_bytes(shape, shape.rank, shape.in_features) + block_bytes(shape, shape.rank, shape.out_features);
 }
 
 /// The factors, g, and the sums of da and db before they are rounded.
@@ -31,8 +30,6 @@ constexpr int64_t backward_workspace_bytes(const Shape& shape) {
 /// 200,000.
 constexpr int64_t kGrainWork = 200000;
 
-constexpr int64_t grain(int64_t work_per_item) {
-  return work_per_item > 0 ? 1 + kGrainWork / work_per_item : 1;
-}
+constexpr int64_t grain(int64_t work_per_item) { return work_per_item > 0 ? 1 + kGrainWork / work_per_item : 1; }
 
 }  // namespace pylora::lora

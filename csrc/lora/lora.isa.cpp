@@ -113,8 +113,8 @@ constexpr ShrinkTile<C> kShrinkTiles[kShrinkTokens][kShrinkRanks] = {
 };
 
 template <class T>
-void shrink(int64_t begin, int64_t end, ConstMatrix x, int64_t width, const void* factor, int64_t rank,
-            double scaling, const Dropout& dropout, void* v_out) {
+void shrink(int64_t begin, int64_t end, ConstMatrix x, int64_t width, const void* factor, int64_t rank, double scaling,
+            const Dropout& dropout, void* v_out) {
   using C = Accumulator<T>;
   const C* factors = static_cast<const C*>(factor);
   C* v = static_cast<C*>(v_out);
@@ -130,9 +130,8 @@ void shrink(int64_t begin, int64_t end, ConstMatrix x, int64_t width, const void
         const int64_t m_count = min_of<int64_t>(kShrinkTokens, tokens - m);
         for (int64_t r = 0; r < rank; r += kShrinkRanks) {
           const int64_t r_count = min_of<int64_t>(kShrinkRanks, rank - r);
-          kShrinkTiles<C>[m_count - 1][r_count - 1](block.data + m* block.stride, block.stride,
-                                                    factors + r* width + k, width, columns,
-                                                    v + (t + m)* rank + r, rank);
+          kShrinkTiles<C>[m_count - 1][r_count - 1](block.data + m* block.stride, block.stride, factors + r* width + k,
+                                                    width, columns, v + (t + m)* rank + r, rank);
         }
       }
     }
@@ -216,15 +215,14 @@ void expand(int64_t begin, int64_t end, const void* v_in, const void* factor, in
         const ExpandTile<T>* tile = kExpandTiles<T>[tokens - 1];
         if (dropout.active()) {
           for (int64_t i = 0; i < tokens; ++i)
-            dropout_multipliers(DropoutRow<C>(dropout), m + i, c, columns,
-                                multiplier + i * kExpandMaxColumns);
+            dropout_multipliers(DropoutRow<C>(dropout), m + i, c, columns, multiplier + i * kExpandMaxColumns);
         }
         for (int64_t o = 0; o < columns;) {
           const int64_t left = columns - o;
           const int form = left >= kWide ? 0 : left >= kLanes<C> ? 1 : 2;
-          tile[form](v + m * rank, rank, static_cast<C>(scaling), static_cast<const C*>(factor) + c + o,
-                     width, dropout.active() ? multiplier + o : nullptr, kExpandMaxColumns,
-                     row_of<T>(y, m) + c + o, y.row_stride, left);
+          tile[form](v + m * rank, rank, static_cast<C>(scaling), static_cast<const C*>(factor) + c + o, width,
+                     dropout.active() ? multiplier + o : nullptr, kExpandMaxColumns, row_of<T>(y, m) + c + o,
+                     y.row_stride, left);
           o += form == 0 ? kWide : kLanes<C>;
         }
       }
@@ -271,12 +269,12 @@ template <class C, int R>
 constexpr OuterTile<C> kOuterWidths[3] = {outer_tile<C, R, 2, false>, outer_tile<C, R, 1, false>,
                                           outer_tile<C, R, 1, true>};
 template <class C>
-constexpr const OuterTile<C>* kOuterTiles[kOuterRanks] = {kOuterWidths<C, 1>, kOuterWidths<C, 2>,
-                                                          kOuterWidths<C, 3>, kOuterWidths<C, 4>};
+constexpr const OuterTile<C>* kOuterTiles[kOuterRanks] = {kOuterWidths<C, 1>, kOuterWidths<C, 2>, kOuterWidths<C, 3>,
+                                                          kOuterWidths<C, 4>};
 
 template <class T>
-void outer(int64_t begin, int64_t end, const void* v_in, int64_t rank, ConstMatrix x, int64_t num_tokens,
-           int64_t width, double scaling, const Dropout& dropout, void* sums_out) {
+void outer(int64_t begin, int64_t end, const void* v_in, int64_t rank, ConstMatrix x, int64_t num_tokens, int64_t width,
+           double scaling, const Dropout& dropout, void* sums_out) {
   using C = Accumulator<T>;
   const C* v = static_cast<const C*>(v_in);
   C* sums = static_cast<C*>(sums_out);
@@ -295,8 +293,8 @@ void outer(int64_t begin, int64_t end, const void* v_in, int64_t rank, ConstMatr
         for (int64_t o = 0; o < columns;) {
           const int64_t left = columns - o;
           const int form = left >= kWide ? 0 : left >= kLanes<C> ? 1 : 2;
-          tile[form](v + t * rank + r, rank, block.data + o, block.stride, tokens, sums + r * width + c + o,
-                     width, left);
+          tile[form](v + t * rank + r, rank, block.data + o, block.stride, tokens, sums + r * width + c + o, width,
+                     left);
           o += form == 0 ? kWide : kLanes<C>;
         }
       }
@@ -349,8 +347,7 @@ void round(const void* sums, int64_t rows, int64_t columns, bool transpose, void
 }
 
 template <class T>
-void drop(int64_t begin, int64_t end, ConstMatrix x, int64_t width, const Dropout& dropout,
-          MutableMatrix out) {
+void drop(int64_t begin, int64_t end, ConstMatrix x, int64_t width, const Dropout& dropout, MutableMatrix out) {
   using C = Accumulator<T>;
   constexpr int64_t kChunk = 512;
   alignas(64) C staged[kChunk];

@@ -27,8 +27,8 @@ void check_factors(const binding::Checks& check, const Tensor& x, const Tensor& 
   check.same_device("b", b, "x", x);
 }
 
-void check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a,
-                  const Tensor& b, double dropout_p, const OptionalTensor& rng) {
+void check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a, const Tensor& b,
+                  double dropout_p, const OptionalTensor& rng) {
   const binding::Checks check("lora_linear");
   check.dim_at_least("x", x, 1);
   check.shape("weight", weight, {-1, x.size(-1)});
@@ -70,15 +70,17 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight,
 }
 
 template <class Backend>
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a,
-              const Tensor& b, double scaling, double dropout_p, const OptionalTensor& rng) {
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a, const Tensor& b,
+              double scaling, double dropout_p, const OptionalTensor& rng) {
   return std::get<0>(linear_forward<Backend>(x, weight, bias, a, b, scaling, dropout_p, rng));
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b,
-    const Tensor& v, double scaling, double dropout_p, const OptionalTensor& rng, std::array<bool, 5> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x,
+                                                                   const Tensor& weight, const Tensor& a,
+                                                                   const Tensor& b, const Tensor& v, double scaling,
+                                                                   double dropout_p, const OptionalTensor& rng,
+                                                                   std::array<bool, 5> needs) {
   const auto [need_x, need_weight, need_bias, need_a, need_b] = needs;
   Tensor dx, dweight, dbias;
   const Tensor dy_rows = aten::rows(dy);
@@ -101,16 +103,15 @@ std::tuple<Tensor, Tensor> add_forward(const Tensor& base, const Tensor& x, cons
 }
 
 template <class Backend>
-Tensor add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double scaling,
-           double dropout_p, const OptionalTensor& rng) {
+Tensor add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double scaling, double dropout_p,
+           const OptionalTensor& rng) {
   return std::get<0>(add_forward<Backend>(base, x, a, b, scaling, dropout_p, rng));
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> add_backward(const Tensor& dy, const Tensor& x, const Tensor& a,
-                                                const Tensor& b, const Tensor& v, double scaling,
-                                                double dropout_p, const OptionalTensor& rng,
-                                                std::array<bool, 3> needs) {
+std::tuple<Tensor, Tensor, Tensor> add_backward(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
+                                                const Tensor& v, double scaling, double dropout_p,
+                                                const OptionalTensor& rng, std::array<bool, 3> needs) {
   const DeltaNeeds delta{needs[0], needs[1], needs[2]};
   const Tensor dx = delta.dx ? at::zeros_like(x, x.options(), at::MemoryFormat::Contiguous) : Tensor();
   const aten::Gradients grads = Backend::backward(dx, dy, x, a, b, v, scaling, dropout_p, rng, delta);
@@ -213,9 +214,7 @@ TORCH_LIBRARY_IMPL(pylora, CompositeExplicitAutograd, m) {
 }
 
 #if defined(PYLORA_WITH_CUDA)
-TORCH_LIBRARY_IMPL(pylora, CUDA, m) {
-  m.impl("lora_dropout", &dropout<dropout_cuda>);
-}
+TORCH_LIBRARY_IMPL(pylora, CUDA, m) { m.impl("lora_dropout", &dropout<dropout_cuda>); }
 #endif
 
 TORCH_LIBRARY_IMPL(pylora, Autograd, m) {

@@ -293,6 +293,16 @@ def test_gradcheck_and_double_backward(isa, dropout_p):
     assert torch.autograd.gradgradcheck(lambda x: lora_dropout(x, 0.25, RNG), (x,))
 
 
+def test_forward_mode_is_refused_not_dropped():
+    inputs = lora_inputs(3, 8, 8, 2)
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(inputs.x, torch.ones_like(inputs.x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            lora_linear(x, inputs.weight, None, inputs.a, inputs.b, 1.0)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            lora_dropout(x, 0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_opcheck(dtype, dropout_p):

@@ -51,8 +51,7 @@ template <class C>
 PYLORA_INLINE void dropout_multipliers(const DropoutRow<C>& d, int64_t row, int64_t first, int64_t count,
                                        C* multiplier) {
   for (int64_t i = 0; i < count; i += kDropoutBlock) {
-    dropout_block(d, static_cast<uint32_t>(row), static_cast<uint32_t>((first + i) / kDropoutBlock),
-                  multiplier + i);
+    dropout_block(d, static_cast<uint32_t>(row), static_cast<uint32_t>((first + i) / kDropoutBlock), multiplier + i);
   }
 }
 

@@ -17,9 +17,7 @@ PYLORA_INLINE uint32_t bits_of_float(float value) {
   return bits;
 }
 
-PYLORA_INLINE float to_float(bf16 value) {
-  return float_of_bits(static_cast<uint32_t>(value.bits) << 16);
-}
+PYLORA_INLINE float to_float(bf16 value) { return float_of_bits(static_cast<uint32_t>(value.bits) << 16); }
 
 PYLORA_INLINE bf16 to_bf16(float value) {
   const uint32_t bits = bits_of_float(value);

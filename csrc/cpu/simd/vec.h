@@ -53,18 +53,10 @@ PYLORA_INLINE Vec<C> splat(C value) {
   return value - Vec<C>{};
 }
 
-PYLORA_INLINE Vec<float> load(const float* p) {
-  return *reinterpret_cast<const VecTraits<float>::Unaligned*>(p);
-}
-PYLORA_INLINE Vec<double> load(const double* p) {
-  return *reinterpret_cast<const VecTraits<double>::Unaligned*>(p);
-}
-PYLORA_INLINE void store(float* p, Vec<float> v) {
-  *reinterpret_cast<VecTraits<float>::Unaligned*>(p) = v;
-}
-PYLORA_INLINE void store(double* p, Vec<double> v) {
-  *reinterpret_cast<VecTraits<double>::Unaligned*>(p) = v;
-}
+PYLORA_INLINE Vec<float> load(const float* p) { return *reinterpret_cast<const VecTraits<float>::Unaligned*>(p); }
+PYLORA_INLINE Vec<double> load(const double* p) { return *reinterpret_cast<const VecTraits<double>::Unaligned*>(p); }
+PYLORA_INLINE void store(float* p, Vec<float> v) { *reinterpret_cast<VecTraits<float>::Unaligned*>(p) = v; }
+PYLORA_INLINE void store(double* p, Vec<double> v) { *reinterpret_cast<VecTraits<double>::Unaligned*>(p) = v; }
 
 // Each set's header defines, for bf16 and f16, rounding to nearest even and keeping NaN a NaN:
 //   Vec<float> load(const bf16*), load(const f16*); void store(bf16*, Vec<float>), store(f16*, Vec<float>)
