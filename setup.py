@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION: str = runpy.run_path(str(ROOT / "pylora" / "_version.py"))["__version__"]
 SOURCE_HASH: str = runpy.run_path(str(ROOT / "pylora" / "_source_hash.py"))["source_hash"](ROOT)
 INSTALL_COMMAND = "pip install --no-build-isolation ."
+OLDEST_TORCH = (2, 13)  # older ones lack c10::Stream::native_handle; also in pyproject.toml
 
 
 def fail(message: str) -> NoReturn:
@@ -116,6 +117,9 @@ def check_machine() -> str:
             "pylora is compiled against the torch it will run with, so torch has to be there first and pip must not "
             f"build in an isolated environment:\n    pip install torch==2.13.0\n    {INSTALL_COMMAND}"
         )
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        fail(f"torch {torch.__version__} is too old. Run `pip install 'torch>={oldest}'`, then `{INSTALL_COMMAND}`.")
     if not sys.platform.startswith("linux"):
         fail(f"pylora builds on Linux; this is {sys.platform!r}.")
     compiler = os.environ.get("CXX", "c++")

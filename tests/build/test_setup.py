@@ -60,6 +60,12 @@ def test_missing_torch(tree, tmp_path):
     expect_failure(result, "torch cannot be imported", "pip install torch", "pip install --no-build-isolation .")
 
 
+def test_old_torch(tree):
+    source = (tree / "setup.py").read_text()
+    (tree / "setup.py").write_text(source.replace("OLDEST_TORCH = (2, 13)", "OLDEST_TORCH = (1000, 0)"))
+    expect_failure(build(tree), "is too old", "torch>=1000.0")
+
+
 def test_missing_compiler(tree):
     expect_failure(build(tree, CXX="no-such-compiler"), "no-such-compiler", "apt-get install g++", "CXX")
 
@@ -117,6 +123,8 @@ def test_sdist_is_complete_and_needs_no_torch(tree, tmp_path):
 def test_license_and_metadata():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     text = (ROOT / "pyproject.toml").read_text()
+    oldest = re.search(r"OLDEST_TORCH = \((\d+), (\d+)\)", (ROOT / "setup.py").read_text())
+    assert '"torch>={}.{}"'.format(*oldest.groups()) in text
     requires = re.search(r"requires = \[(.*?)\]", text).group(1)
     assert "torch" not in requires
     assert 'attr = "pylora._version.__version__"' in text
