@@ -1,4 +1,4 @@
-"""Exceptions and warnings. The PEFT-named ones have PEFT's base classes, so `except` clauses written for it still catch."""
+"""Exceptions and warnings. The PEFT-named ones have PEFT's base classes: `except` clauses written for it still catch."""
 
 
 class PeftError(Exception):
@@ -21,4 +21,4 @@ class UnsupportedFeatureError(PeftError, ValueError):
 
 
 class PyloraBuildError(ImportError):
-    """The native extension is missing, stale, or was built against another torch. The message names the command that mends it."""
+    """The native extension is missing, stale, or of another torch. The message names the command that mends it."""
