@@ -46,6 +46,8 @@ class LoraLayer(BaseTunerLayer):
         "lora_embedding_B",
         "lora_magnitude_vector",
     )
+    # Of these, the containers of A and of B in which this kind of layer keeps an adapter.
+    factor_names: tuple[str, str] = ("lora_A", "lora_B")
     other_param_names: tuple[str, ...] = (
         "r",
         "lora_alpha",
@@ -104,6 +106,7 @@ class LoraLayer(BaseTunerLayer):
         """
         scaling = scaling_for(r, lora_alpha, config.use_rslora)
         require_supported(config)
+        self._check_adapter(r, config)
         if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
             warnings.warn(
                 f"`lora_bias=True` was passed but the targeted layer of type {type(self.get_base_layer()).__name__} "
@@ -118,8 +121,9 @@ class LoraLayer(BaseTunerLayer):
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = scaling
         self.lora_dropout[adapter_name] = dropout
-        self.lora_A[adapter_name] = lora_a
-        self.lora_B[adapter_name] = lora_b
+        a_name, b_name = self.factor_names
+        getattr(self, a_name)[adapter_name] = lora_a
+        getattr(self, b_name)[adapter_name] = lora_b
         self.lora_bias[adapter_name] = config.lora_bias
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = config.use_dora
@@ -134,7 +138,11 @@ class LoraLayer(BaseTunerLayer):
                 set_layer_requires_grad(container[adapter_name], trainable)
         self._freeze_non_trainable_peft_weights([adapter_name])
 
-    def _new_factors(self, r: int, config: Any) -> tuple[nn.Linear, nn.Linear]:
+    def _check_adapter(self, r: int, config: Any) -> None:
+        """Raise ValueError when this kind of layer cannot have an adapter of this rank and configuration."""
+
+    def _new_factors(self, r: int, config: Any) -> tuple[Any, Any]:
+        """New entries for the containers of A and of B, initialised."""
         lora_a = _empty_linear(self.in_features, r, bias=False)
         lora_b = _empty_linear(r, self.out_features, bias=config.lora_bias)
         init_adapter(config.init_lora_weights, lora_a.weight, lora_b.weight, b_bias=lora_b.bias)
@@ -180,6 +188,10 @@ class LoraLayer(BaseTunerLayer):
                 continue
             container[adapter_name] = item.to(device=device, dtype=dtype)
 
+    def _has_adapter(self, name: str) -> bool:
+        """Whether the adapter has weights on this layer."""
+        return name in getattr(self, self.factor_names[0])
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the adapter's scaling its configured one times `scale`; a name that is not on this layer is ignored."""
         if adapter in self.scaling:
@@ -190,13 +202,13 @@ class LoraLayer(BaseTunerLayer):
         if scale == 1:
             return
         for name in self.active_adapters:
-            if name in self.lora_A:
+            if self._has_adapter(name):
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by `scale`; None sets it to the configured one."""
         for name in self.active_adapters:
-            if name not in self.lora_A:
+            if not self._has_adapter(name):
                 continue
             if scale is None:
                 self.scaling[name] = self._configured_scaling(name)

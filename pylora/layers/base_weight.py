@@ -87,6 +87,21 @@ class DenseBaseWeight:
             self._tensor.copy_(value.t() if self._transposed else value)
 
 
+class ConvBaseWeight(DenseBaseWeight):
+    """A convolution's kernel, stored as [out_channels, in_channels, kernel...] and seen as [out_channels, the rest]."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows = self._tensor.shape[0]
+        return rows, self._tensor.numel() // rows
+
+    def read(self) -> torch.Tensor:
+        return self._tensor.detach().flatten(1)
+
+    def write(self, value: torch.Tensor) -> None:
+        super().write(value.view(self._tensor.shape))
+
+
 def _not_dense(tensor: torch.Tensor) -> str:
     """What keeps `tensor` from being read and written element by element, "" if nothing does."""
     if tensor.is_meta:

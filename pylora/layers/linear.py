@@ -10,15 +10,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from pylora.layers.base import VARIANT_KWARG_KEYS, LoraLayer
 from pylora.layers.base_weight import DenseBaseWeight, conv1d_class, is_conv1d
-from pylora.layers.merging import (
-    Delta,
-    check_adapters_to_merge,
-    merge_into_base,
-    merged_values,
-    unmerge_from_base,
-)
+from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.registry import register_layer
 from pylora.ops import lora_add, lora_linear
 
@@ -72,7 +65,7 @@ def _plain_weight(module: nn.Module) -> torch.Tensor | None:
     return None if type(weight) not in _PLAIN_TENSORS or _is_hooked(module) else weight
 
 
-class Linear(nn.Module, LoraLayer):
+class Linear(DeltaLayer):
     """A dense layer with adapters: y = base(x) + sum over active adapters of scaling · B·A·dropout(x).
 
     Args:
@@ -98,8 +91,7 @@ class Linear(nn.Module, LoraLayer):
         is_target_conv_1d_layer: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
-        LoraLayer.__init__(self, base_layer, **kwargs)
+        super().__init__(base_layer, **kwargs)
         self.fan_in_fan_out = config.fan_in_fan_out
         self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -120,7 +112,7 @@ class Linear(nn.Module, LoraLayer):
             result = self._fused_forward(x)
             if result is not None:
                 return result
-        return self._module_forward(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
 
     def _fused_forward(self, x: torch.Tensor) -> torch.Tensor | None:
         """The forward in one op (and one more for each further adapter), or None where a module has to be called."""
@@ -176,101 +168,13 @@ class Linear(nn.Module, LoraLayer):
             return None
         return None if p >= 1.0 or _is_hooked(dropout) else _Term(a, b, scaling, p)
 
-    def _module_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The forward through the modules themselves, in plain torch."""
-        self._check_forward_args(x, *args, **kwargs)
-        adapter_names = kwargs.pop("adapter_names", None)
-        for key in VARIANT_KWARG_KEYS:
-            kwargs.pop(key, None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return result
-        result_dtype = result.dtype
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                lora_a: Any = self.lora_A[name]
-                lora_b: Any = self.lora_B[name]
-                x = self._cast_input_dtype(x, lora_a.weight.dtype)
-                result = result + lora_b(lora_a(self.lora_dropout[name](x))) * self.scaling[name]
-        return result.to(result_dtype)
-
-    def _mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
-    ) -> torch.Tensor:
-        """A batch whose rows belong to different adapters: row i gets adapter_names[i], or none if that is not here."""
-        result = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if name not in self.lora_A:
-                continue
-            rows = [i for i, row_name in enumerate(adapter_names) if row_name == name]
-            lora_a: Any = self.lora_A[name]
-            lora_b: Any = self.lora_B[name]
-            inputs = self.lora_dropout[name](x[rows].to(lora_a.weight.dtype))
-            result[rows] += (lora_b(lora_a(inputs)) * self.scaling[name]).to(result.dtype)
-        return result
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' deltas to the base weight (and, with `lora_bias`, to the base bias), in place.
-
-        Args:
-            safe_merge: Refuse values that are not finite. All adapters are checked before the first write.
-            adapter_names: Adapters to merge; None means the active ones. Merged ones are skipped with a warning.
-
-        Raises:
-            ValueError: `safe_merge` and a merged value would be NaN or infinite. Nothing is changed then.
-            RuntimeError: An adapter has a bias and the base layer has none. Nothing is changed then.
-            TypeError: `adapter_names` is a string.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
-        merge_into_base(self._base_weight(), self._base_bias(), self._deltas(names), safe_merge)
-        self.merged_adapters.extend(names)
-
-    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise what `merge` with these arguments would raise, and change nothing."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names, warn=False) if name in self.lora_A]
-        if names:
-            weight, deltas = self._base_weight(), self._deltas(names)
-            if safe_merge:
-                merged_values(weight, self._base_bias(), deltas, safe_merge=True)
-
-    def unmerge(self) -> None:
-        """Take every merged delta out of the base weight and bias; warns when there is none."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        names = [name for name in reversed(self.merged_adapters) if name in self.lora_A]
-        if names:
-            unmerge_from_base(self._base_weight(), self._base_bias(), self._deltas(names))
-        self.merged_adapters.clear()
-
     def _base_weight(self) -> DenseBaseWeight:
         return DenseBaseWeight(self.get_base_layer(), transposed=self.fan_in_fan_out)
 
-    def _base_bias(self) -> torch.Tensor | None:
-        return getattr(self.get_base_layer(), "bias", None)
-
-    def _deltas(self, names: list[str]) -> list[Delta]:
-        deltas = []
-        for name in names:
-            lora_a: Any = self.lora_A[name]
-            lora_b: Any = self.lora_B[name]
-            scaling, bias = self.scaling[name], None
-            if self.lora_bias[name]:
-                if self._base_bias() is None:
-                    raise RuntimeError(
-                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
-                    )
-                bias = lora_b.bias.detach() * scaling
-            deltas.append(Delta(name, lora_a.weight.detach(), lora_b.weight.detach(), scaling, bias))
-        return deltas
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        lora_a: Any = self.lora_A[name]
+        lora_b: Any = self.lora_B[name]
+        return lora_a.weight, lora_b.weight
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """scaling · B·A in the base weight's own layout and B's dtype; on a CPU narrow factors are multiplied in f32.
@@ -281,13 +185,8 @@ class Linear(nn.Module, LoraLayer):
         Raises:
             KeyError: There is no such adapter here.
         """
-        a: Any = self.lora_A[adapter].weight
-        b: Any = self.lora_B[adapter].weight
-        dtype = b.dtype
-        if b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            a, b = a.float(), b.float()
-        delta = b @ a
-        return ((delta.T if self.fan_in_fan_out else delta) * self.scaling[adapter]).to(dtype)
+        delta = self._delta_matrix(adapter)
+        return delta.T if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         variant = self.lora_variant.get(adapter_name)

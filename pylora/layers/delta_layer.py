@@ -1,0 +1,153 @@
+"""What layers share whose adapters each add a low-rank matrix to one base weight: forward, mixed batches, merging."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from pylora.layers.base import VARIANT_KWARG_KEYS, LoraLayer
+from pylora.layers.base_weight import BaseWeight
+from pylora.layers.merging import (
+    Delta,
+    check_adapters_to_merge,
+    merge_into_base,
+    merged_values,
+    unmerge_from_base,
+)
+
+
+class DeltaLayer(nn.Module, LoraLayer):
+    """A LoRA layer that computes base(x) + sum over active adapters of a term, each term that of a low-rank delta.
+
+    A subclass says what one adapter adds (`_adapter_output`), the matrices behind it (`_factors`) and how its base
+    layer keeps the weight (`_base_weight`).
+    """
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+
+    def _adapter_output(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter adds to the base layer's output for x, in any floating dtype."""
+        lora_a: Any = self.lora_A[name]
+        lora_b: Any = self.lora_B[name]
+        x = self._cast_input_dtype(x, lora_a.weight.dtype)
+        return lora_b(lora_a(self.lora_dropout[name](x))) * self.scaling[name]
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank] with B·A of the shape that `_base_weight` has."""
+        raise NotImplementedError
+
+    def _base_weight(self) -> BaseWeight:
+        """Access to the base weight as [out, in].
+
+        Raises:
+            UnsupportedFeatureError: It cannot be read and written.
+        """
+        raise NotImplementedError
+
+    def _base_bias(self) -> torch.Tensor | None:
+        return getattr(self.get_base_layer(), "bias", None)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output with the active adapters' added.
+
+        Args:
+            x: Input of the base layer.
+            *args: For the base layer.
+            **kwargs: For the base layer, except `adapter_names`: one adapter name, or "__base__", for each row of x.
+
+        Raises:
+            ValueError: `adapter_names` has another length than x, names a DoRA adapter, or the layer is merged.
+        """
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        for key in VARIANT_KWARG_KEYS:
+            kwargs.pop(key, None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        result_dtype = result.dtype
+        for name in self.active_adapters:
+            if self._has_adapter(name):
+                result = result + self._adapter_output(name, x)
+        return result.to(result_dtype)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """A batch whose rows belong to different adapters: row i gets adapter_names[i], or none if that is not here."""
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if self._has_adapter(name):
+                rows = [i for i, row_name in enumerate(adapter_names) if row_name == name]
+                result[rows] += self._adapter_output(name, x[rows]).to(result.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' deltas to the base weight (and, with `lora_bias`, to the base bias), in place.
+
+        Args:
+            safe_merge: Refuse values that are not finite. All adapters are checked before the first write.
+            adapter_names: Adapters to merge; None means the active ones. Merged ones are skipped with a warning.
+
+        Raises:
+            ValueError: `safe_merge` and a merged value would be NaN or infinite. Nothing is changed then.
+            RuntimeError: An adapter has a bias and the base layer has none. Nothing is changed then.
+            TypeError: `adapter_names` is a string.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self._has_adapter(name)]
+        if not names:
+            return
+        merge_into_base(self._base_weight(), self._base_bias(), self._deltas(names), safe_merge)
+        self.merged_adapters.extend(names)
+
+    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise what `merge` with these arguments would raise, and change nothing."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names, warn=False) if self._has_adapter(name)]
+        if names:
+            weight, deltas = self._base_weight(), self._deltas(names)
+            if safe_merge:
+                merged_values(weight, self._base_bias(), deltas, safe_merge=True)
+
+    def unmerge(self) -> None:
+        """Take every merged delta out of the base weight and bias; warns when there is none."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        names = [name for name in reversed(self.merged_adapters) if self._has_adapter(name)]
+        if names:
+            unmerge_from_base(self._base_weight(), self._base_bias(), self._deltas(names))
+        self.merged_adapters.clear()
+
+    def _deltas(self, names: list[str]) -> list[Delta]:
+        deltas = []
+        for name in names:
+            a, b = self._factors(name)
+            scaling, bias = self.scaling[name], None
+            if self.lora_bias[name]:
+                if self._base_bias() is None:
+                    raise RuntimeError(
+                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+                    )
+                lora_b: Any = self.lora_B[name]
+                bias = lora_b.bias.detach() * scaling
+            deltas.append(Delta(name, a.detach(), b.detach(), scaling, bias))
+        return deltas
+
+    def _delta_matrix(self, name: str) -> torch.Tensor:
+        """scaling · B·A in B's dtype; on a CPU narrow factors are multiplied in f32."""
+        a, b = self._factors(name)
+        dtype = b.dtype
+        if b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            a, b = a.float(), b.float()
+        return (b @ a * self.scaling[name]).to(dtype)
