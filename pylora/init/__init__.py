@@ -1,6 +1,18 @@
 """Initialisation of adapters: tensors in, filled in place."""
 
-from pylora.init import basic  # noqa: F401 (registers its schemes)
-from pylora.init.registry import Factors, InitScheme, find_init, init_adapter, register_init
+from pylora.init import basic, loftq, olora, orthogonal, pissa  # noqa: F401 (they register their schemes)
+from pylora.init.base_update import base_updates_at_end
+from pylora.init.registry import BaseAccess, Factors, InitScheme, find_init, init_adapter, register_init
+from pylora.init.truncated_svd import SingularTriplets, top_singular_triplets
 
-__all__ = ["Factors", "InitScheme", "find_init", "init_adapter", "register_init"]
+__all__ = [
+    "BaseAccess",
+    "Factors",
+    "InitScheme",
+    "SingularTriplets",
+    "base_updates_at_end",
+    "find_init",
+    "init_adapter",
+    "register_init",
+    "top_singular_triplets",
+]

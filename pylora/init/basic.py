@@ -15,7 +15,7 @@ def kaiming(factors: Factors) -> None:
 
     As Microsoft's loralib does (`loralib/layers.py`): the adapter changes nothing before it is trained.
     """
-    _skip_default_draws(factors)
+    skip_default_draws(factors)
     if factors.embedding:
         factors.a.zero_()
         factors.b.normal_()
@@ -31,7 +31,7 @@ def gaussian(factors: Factors) -> None:
     if factors.embedding:
         kaiming(factors)
         return
-    _skip_default_draws(factors)
+    skip_default_draws(factors)
     factors.a.normal_(std=1 / factors.a.shape[0])
     factors.b.zero_()
     _zero_bias(factors)
@@ -54,7 +54,7 @@ def random(factors: Factors) -> None:
         factors.b_bias.uniform_(-bound, bound)
 
 
-def _skip_default_draws(factors: Factors) -> None:
+def skip_default_draws(factors: Factors) -> None:
     """Advance the generator by the draws that `random` makes: PEFT's factors get them before the scheme's."""
     if factors.a.device.type != "cpu":
         return

@@ -120,7 +120,7 @@ def test_a_scheme_joins_by_one_decorator(monkeypatch):
         factors.b.fill_(factors.a.shape[0])
 
     a, b = torch.zeros(4, 8), torch.zeros(6, 4)
-    init_adapter("Ones", a, b)
+    init_adapter("ones", a, b)
     assert (a == 1).all()
     assert (b == 4).all()
     with pytest.raises(ValueError, match="'ones' is taken by ones"):
