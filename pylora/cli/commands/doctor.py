@@ -49,12 +49,9 @@ def doctor(
 
 def _print(diagnosis: Diagnosis, console: Console) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table.grid(padding=(0, 3))
     for name, value in _rows(diagnosis):
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
-    console.print(table)
+        console.print(f"[bold]{name:<18}[/bold]{escape(value)}")
     for note in diagnosis.notes:
         console.print(f"\n[yellow]note:[/yellow] {escape(note)}")
     for problem in diagnosis.problems:
