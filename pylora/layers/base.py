@@ -195,7 +195,7 @@ class LoraLayer(BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the adapter's scaling its configured one times `scale`; a name that is not on this layer is ignored."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._configured_scaling(adapter)
+            self._set_scaling(adapter, scale * self._configured_scaling(adapter))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters by `scale`."""
@@ -211,9 +211,16 @@ class LoraLayer(BaseTunerLayer):
             if not self._has_adapter(name):
                 continue
             if scale is None:
-                self.scaling[name] = self._configured_scaling(name)
+                self._set_scaling(name, self._configured_scaling(name))
             else:
-                self.scaling[name] = self.scaling[name] / scale
+                self._set_scaling(name, self.scaling[name] / scale)
+
+    def _set_scaling(self, adapter: str, value: float) -> None:
+        current: Any = self.scaling[adapter]
+        if isinstance(current, torch.Tensor):  # prepared for hot swap: a compiled model holds on to this tensor
+            current.fill_(value)
+        else:
+            self.scaling[adapter] = value
 
     def _configured_scaling(self, adapter: str) -> float:
         return scaling_for(self.r[adapter], self.lora_alpha[adapter], self.use_rslora.get(adapter, False))

@@ -65,6 +65,16 @@ def _plain_weight(module: nn.Module) -> torch.Tensor | None:
     return None if type(weight) not in _PLAIN_TENSORS or _is_hooked(module) else weight
 
 
+def _take_in(scaling: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A, B and a number for a scaling that is a tensor: its value, or 1 with B scaled where reading it would break a
+    compiled graph or wait for a device.
+    """
+    if scaling.is_cpu and not torch.compiler.is_compiling():
+        return a, b, scaling.item()
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return a.to(wide), b.to(wide) * scaling, 1.0
+
+
 class Linear(DeltaLayer):
     """A dense layer with adapters: y = base(x) + sum over active adapters of scaling · B·A·dropout(x).
 
@@ -156,8 +166,10 @@ class Linear(DeltaLayer):
             return None
         if a.dtype is not base_dtype and (a.dtype is not torch.float32 or not self.cast_input_dtype_enabled):
             return None
-        scaling = self.scaling[name]
-        if type(scaling) is not float and type(scaling) is not int:
+        scaling: Any = self.scaling[name]
+        if type(scaling) is torch.Tensor and not scaling.requires_grad:
+            a, b, scaling = _take_in(scaling, a, b)
+        elif type(scaling) is not float and type(scaling) is not int:
             return None
         dropout = modules["lora_dropout"]._modules[name]
         if type(dropout) is nn.Identity:
