@@ -22,7 +22,7 @@ def _offloads(runtime_config: Any) -> bool:
 
 
 # Schemes that PEFT has and `pylora.init` does not, by PEFT's spelling rules. Unknown names the registry refuses.
-_LATER_INIT = re.compile(r"pissa.*|corda.*|(?i:olora)|(?i:mica)|loftq|eva|orthogonal|lora_ga")
+_LATER_INIT = re.compile(r"corda.*|(?i:mica)|eva|lora_ga")
 
 
 def _is_later_init(scheme: Any) -> bool:

@@ -1,7 +1,7 @@
 """Initialisation of adapters: tensors in, filled in place."""
 
 from pylora.init import basic, loftq, olora, orthogonal, pissa  # noqa: F401 (they register their schemes)
-from pylora.init.base_update import base_updates_at_end
+from pylora.init.base_update import as_it_will_be, base_updates_at_end
 from pylora.init.registry import BaseAccess, Factors, InitScheme, find_init, init_adapter, register_init
 from pylora.init.truncated_svd import SingularTriplets, top_singular_triplets
 
@@ -10,6 +10,7 @@ __all__ = [
     "Factors",
     "InitScheme",
     "SingularTriplets",
+    "as_it_will_be",
     "base_updates_at_end",
     "find_init",
     "init_adapter",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,16 @@ import torch
 # The new base weight from the old one, both [out_features, in_features].
 BaseUpdate = Callable[[torch.Tensor], torch.Tensor]
 
-_PENDING: ContextVar[list[Callable[[], None]] | None] = ContextVar("pylora_pending_base_updates", default=None)
+
+@dataclass
+class _Postponed:
+    """Changes to make later: in order, and by the identity of the stored weight."""
+
+    changes: list[Callable[[], None]] = field(default_factory=list)
+    updates: dict[int, list[BaseUpdate]] = field(default_factory=dict)
+
+
+_POSTPONED: ContextVar[_Postponed | None] = ContextVar("pylora_postponed_base_updates", default=None)
 
 
 @contextmanager
@@ -22,32 +32,48 @@ def base_updates_at_end() -> Iterator[None]:
     What has to be kept for a postponed change is A and B, not a copy of the weight. Contexts nest: the outermost one
     makes the changes.
     """
-    if _PENDING.get() is not None:
+    if _POSTPONED.get() is not None:
         yield
         return
-    pending: list[Callable[[], None]] = []
-    token = _PENDING.set(pending)
+    postponed = _Postponed()
+    token = _POSTPONED.set(postponed)
     try:
         yield
     finally:
-        _PENDING.reset(token)
-    for change in pending:
+        _POSTPONED.reset(token)
+    for change in postponed.changes:
         change()
 
 
-def apply_base_update(open_weight: Callable[[], Any], update: BaseUpdate) -> None:
-    """Replace the weight W that `open_weight` gives access to by `update(W)`, now or at the end of the context."""
+def apply_base_update(stored: torch.Tensor, open_weight: Callable[[], Any], update: BaseUpdate) -> None:
+    """Replace the weight W that `open_weight` gives access to by `update(W)`, now or at the end of the context.
+
+    Args:
+        stored: The tensor that holds W in the module.
+        open_weight: Gives an object with `read` and `write`.
+        update: The change.
+    """
     weight = open_weight()
 
     def change() -> None:
         with torch.no_grad():
             weight.write(update(weight.read()))
 
-    pending = _PENDING.get()
-    if pending is None:
+    postponed = _POSTPONED.get()
+    if postponed is None:
         change()
-    else:
-        pending.append(change)
+        return
+    postponed.changes.append(change)
+    postponed.updates.setdefault(id(stored), []).append(update)
+
+
+def as_it_will_be(stored: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`weight`, read from `stored`, with the changes that are postponed: what DoRA's norms and further schemes see."""
+    postponed = _POSTPONED.get()
+    if postponed is not None:
+        for update in postponed.updates.get(id(stored), ()):
+            weight = update(weight).to(weight.dtype)
+    return weight
 
 
 def without_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> BaseUpdate:

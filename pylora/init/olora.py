@@ -33,4 +33,4 @@ def olora(factors: Factors) -> BaseUpdate:
 
 
 def _dtype(factors: Factors) -> torch.dtype | None:
-    return None if factors.base is None else factors.base.dtype
+    return None if factors.base is None else factors.base.stored.dtype

@@ -28,11 +28,11 @@ class BaseAccess:
     """The way from a scheme to the base weight.
 
     Attributes:
-        dtype: Of the stored weight; integers where it is quantised.
+        stored: The tensor that holds it in its module, in any layout; integers where it is quantised.
         open: Gives access to the weight, or raises where it cannot be read element by element.
     """
 
-    dtype: torch.dtype
+    stored: torch.Tensor
     open: Callable[[], MutableWeight]
 
 
@@ -189,4 +189,4 @@ def init_adapter(
     with torch.no_grad():
         update = entry.scheme(Factors(a, b, b_bias, embedding, scaling, base, config))
         if update is not None and base is not None:
-            apply_base_update(base.open, update)
+            apply_base_update(base.stored, base.open, update)

@@ -23,7 +23,7 @@ def read_base(factors: Factors, readable: Collection[torch.dtype], complaint: st
     """
     if factors.base is None:
         raise ValueError("init_adapter: base: expected access to the base weight, which this scheme reads; got None")
-    if factors.base.dtype not in readable:
+    if factors.base.stored.dtype not in readable:
         raise TypeError(complaint)
     return factors.base.open().read().to(torch.float32)
 

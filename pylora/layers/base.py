@@ -13,7 +13,7 @@ from torch import nn
 
 from pylora.config import require_supported, scaling_for
 from pylora.errors import PeftWarning
-from pylora.init import init_adapter
+from pylora.init import BaseAccess, init_adapter
 from pylora.layers.base_weight import is_conv1d
 from pylora.layers.tuner_layer import BaseTunerLayer, params_of, set_layer_requires_grad
 
@@ -115,6 +115,7 @@ class LoraLayer(BaseTunerLayer):
                 stacklevel=2,
             )
         lora_a, lora_b = self._new_factors(r, config)
+        self._initialise(lora_a, lora_b, config.init_lora_weights, scaling, config)
         dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
 
         self.r[adapter_name] = r
@@ -142,28 +143,45 @@ class LoraLayer(BaseTunerLayer):
         """Raise ValueError when this kind of layer cannot have an adapter of this rank and configuration."""
 
     def _new_factors(self, r: int, config: Any) -> tuple[Any, Any]:
-        """New entries for the containers of A and of B, initialised."""
+        """New entries for the containers of A and of B, with undefined values."""
         lora_a = _empty_linear(self.in_features, r, bias=False)
         lora_b = _empty_linear(r, self.out_features, bias=config.lora_bias)
-        init_adapter(config.init_lora_weights, lora_a.weight, lora_b.weight, b_bias=lora_b.bias)
         return lora_a, lora_b
+
+    def _initialise(self, lora_a: Any, lora_b: Any, scheme: Any, scaling: float, config: Any) -> None:
+        """Give entries of the containers of A and of B their values; the scheme may change the base weight for it."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        open_weight = getattr(self, "_base_weight", None)
+        base = None
+        if isinstance(weight, torch.Tensor) and open_weight is not None:
+            base = BaseAccess(weight, open_weight)
+        init_adapter(
+            scheme,
+            getattr(lora_a, "weight", lora_a),
+            getattr(lora_b, "weight", lora_b),
+            b_bias=getattr(lora_b, "bias", None),
+            embedding=self.factor_names[0] == "lora_embedding_A",
+            scaling=scaling,
+            base=base,
+            config=config,
+        )
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
         """Initialise an adapter's factors again.
 
         Args:
             adapter_name: The adapter; a name without factors here is ignored.
-            init_lora_weights: A scheme as in `LoraConfig.init_lora_weights`; False leaves the factors as they are.
+            init_lora_weights: True or "gaussian"; False leaves the factors as they are.
 
         Raises:
-            ValueError: The scheme is unknown.
+            ValueError: The scheme is another one: those may change the base weight, which has been changed already.
         """
-        if init_lora_weights is False:
+        if init_lora_weights is False or not self._has_adapter(adapter_name):
             return
-        if adapter_name in self.lora_A:
-            lora_a: Any = self.lora_A[adapter_name]
-            lora_b: Any = self.lora_B[adapter_name]
-            init_adapter(init_lora_weights, lora_a.weight, lora_b.weight, b_bias=lora_b.bias)
+        if init_lora_weights is not True and str(init_lora_weights).lower() != "gaussian":
+            raise ValueError(f"Unknown initialization {init_lora_weights=}: expected True, False or 'gaussian'")
+        lora_a, lora_b = (getattr(self, name)[adapter_name] for name in self.factor_names)
+        self._initialise(lora_a, lora_b, init_lora_weights, self.scaling[adapter_name], None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

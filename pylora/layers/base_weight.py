@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pylora.errors import UnsupportedFeatureError
+from pylora.init import as_it_will_be
 
 
 def conv1d_class() -> type[nn.Module] | None:
@@ -79,7 +80,7 @@ class DenseBaseWeight:
 
     def read(self) -> torch.Tensor:
         weight = self._tensor.detach()
-        return weight.t() if self._transposed else weight
+        return as_it_will_be(self._tensor, weight.t() if self._transposed else weight)
 
     def write(self, value: torch.Tensor) -> None:
         # In place, so that a tied weight stays tied; through the tensor itself, so that its version counter moves.
@@ -96,7 +97,7 @@ class ConvBaseWeight(DenseBaseWeight):
         return rows, self._tensor.numel() // rows
 
     def read(self) -> torch.Tensor:
-        return self._tensor.detach().flatten(1)
+        return as_it_will_be(self._tensor, self._tensor.detach().flatten(1))
 
     def write(self, value: torch.Tensor) -> None:
         super().write(value.view(self._tensor.shape))

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pylora.init import init_adapter
 from pylora.layers.base_weight import ConvBaseWeight
 from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.registry import register_layer
@@ -92,7 +91,6 @@ class _ConvNd(DeltaLayer):
         )
         ones = (1,) * self._dim
         lora_b: Any = _empty_conv(base, r, self.out_features, ones, groups=base.groups, bias=config.lora_bias)
-        init_adapter(config.init_lora_weights, lora_a.weight, lora_b.weight, b_bias=lora_b.bias)
         return lora_a, lora_b
 
     def _get_dora_factor_view(self) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from pylora.errors import PeftWarning
-from pylora.init import init_adapter
 from pylora.layers.base_weight import DenseBaseWeight
 from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.registry import register_layer
@@ -64,12 +63,7 @@ class Embedding(DeltaLayer):
     def _new_factors(self, r: int, config: Any) -> tuple[nn.Parameter, nn.Parameter]:
         a = nn.Parameter(torch.empty(r, self.in_features))
         b = nn.Parameter(torch.empty(self.out_features, r))
-        init_adapter(config.init_lora_weights, a, b, embedding=True)
         return a, b
-
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
-        if init_lora_weights is not False and self._has_adapter(adapter_name):
-            init_adapter(init_lora_weights, *self._factors(adapter_name), embedding=True)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]

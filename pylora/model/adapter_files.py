@@ -22,6 +22,7 @@ from pylora.checkpoint.load import load_peft_weights, plan_load
 from pylora.checkpoint.save import stage_weights, warn_if_shadowed
 from pylora.config import PeftConfig
 from pylora.errors import UnsupportedFeatureError
+from pylora.init import base_updates_at_end
 from pylora.model.model_card import CARD_NAME, model_card_text
 from pylora.model.snapshot import ModelSnapshot
 
@@ -158,16 +159,22 @@ class AdapterFiles:
             config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
         before = ModelSnapshot(model)
         try:
-            wrapped = peft_model_class(config, default)(
-                model,
-                config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-            )
-            result = wrapped._fill_adapter(
-                adapter_name, weights, autocast_adapter_dtype, low_cpu_mem_usage, kwargs.get("ignore_mismatched_sizes")
-            )
+            # The base weights change only once the adapter's tensors fit; see `base_updates_at_end`.
+            with base_updates_at_end():
+                wrapped = peft_model_class(config, default)(
+                    model,
+                    config,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                )
+                result = wrapped._fill_adapter(
+                    adapter_name,
+                    weights,
+                    autocast_adapter_dtype,
+                    low_cpu_mem_usage,
+                    kwargs.get("ignore_mismatched_sizes"),
+                )
         except BaseException:
             before.restore(adapter_name)
             config.__dict__.update(old_config)
@@ -210,19 +217,24 @@ class AdapterFiles:
         before = ModelSnapshot(tuner.model) if is_new else None
         active, targeted = tuner.active_adapter, list(tuner.targeted_module_names)
         try:
-            if config is not None:
-                config.inference_mode = not is_trainable
-                if hasattr(config, "runtime_config"):
-                    config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
-                model.add_adapter(
+            with base_updates_at_end():
+                if config is not None:
+                    config.inference_mode = not is_trainable
+                    if hasattr(config, "runtime_config"):
+                        config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
+                    model.add_adapter(
+                        adapter_name,
+                        config,
+                        low_cpu_mem_usage=low_cpu_mem_usage,
+                        autocast_adapter_dtype=autocast_adapter_dtype,
+                    )
+                result = self._fill_adapter(
                     adapter_name,
-                    config,
-                    low_cpu_mem_usage=low_cpu_mem_usage,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    weights,
+                    autocast_adapter_dtype,
+                    low_cpu_mem_usage,
+                    kwargs.get("ignore_mismatched_sizes"),
                 )
-            result = self._fill_adapter(
-                adapter_name, weights, autocast_adapter_dtype, low_cpu_mem_usage, kwargs.get("ignore_mismatched_sizes")
-            )
         except BaseException:
             if before is not None:
                 before.restore(adapter_name)

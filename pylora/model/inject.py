@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pylora.config import pattern_value, require_supported
-from pylora.init import find_init
+from pylora.init import base_updates_at_end, find_init
 from pylora.layers import BaseTunerLayer, LoraLayer, create_layer, find_factory, tuner_layers, walk
 from pylora.model.lifecycle import unmerge_before_switch
 from pylora.model.modules_to_save import set_trainable
@@ -81,10 +81,12 @@ class Injection:
         try:
             self._record_config(journal)
             self.config.target_modules = targets.target_modules
-            with torch.device("meta") if self.low_cpu_mem_usage else nullcontext():
-                for name, module in targets.modules.items():
-                    self._adapt(name, module, journal)
-            self._set_flags(journal, first)
+            # Changes that a scheme makes to base weights come last, when nothing can fail any more.
+            with base_updates_at_end():
+                with torch.device("meta") if self.low_cpu_mem_usage else nullcontext():
+                    for name, module in targets.modules.items():
+                        self._adapt(name, module, journal)
+                self._set_flags(journal, first)
         except BaseException:
             journal.revert()
             raise

@@ -14,6 +14,8 @@ SUPPORTED = [
     {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "h", "bias": "lora_only"},
     {"rank_pattern": {"q": 2}, "alpha_pattern": {"q": 4}},
     *({"init_lora_weights": scheme} for scheme in (True, False, "gaussian", "GAUSSIAN", None)),
+    *({"init_lora_weights": scheme} for scheme in ("olora", "OLoRA", "pissa", "pissa_niter_4", "orthogonal")),
+    {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
     {"init_lora_weights": "unknown"},  # for the registry of schemes to refuse
     {"lora_bias": True},
     {"megatron_core": "other"},
@@ -24,15 +26,10 @@ SUPPORTED = [
 
 UNSUPPORTED = {
     "init_lora_weights": [
-        "olora",
-        "OLoRA",
-        "pissa",
-        "pissa_niter_4",
         "mica",
         "MiCA",
         "corda",
         "eva",
-        "orthogonal",
         "lora_ga",
     ],
     "lora_ga_config": [pc.LoraGAConfig()],
@@ -65,12 +62,6 @@ def test_unsupported_is_refused_by_name_and_value(field, value):
         require_supported(pc.LoraConfig(**{field: value}))
     assert f"{field}={value!r}" in str(caught.value)
     assert isinstance(caught.value, (PeftError, ValueError))
-
-
-def test_loftq_is_refused():
-    config = pc.LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
-    with pytest.raises(UnsupportedFeatureError, match="init_lora_weights='loftq'"):
-        require_supported(config)
 
 
 def test_custom_modules_are_refused():

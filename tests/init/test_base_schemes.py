@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pylora.init import BaseAccess, base_updates_at_end, find_init, init_adapter
+from pylora.init import BaseAccess, as_it_will_be, base_updates_at_end, find_init, init_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -19,14 +19,14 @@ class Weight:
         self.value = value
 
     def read(self):
-        return self.value
+        return as_it_will_be(self.value, self.value)
 
     def write(self, value):
         self.value = value.to(self.value.dtype)
 
 
 def access(weight):
-    return BaseAccess(weight.value.dtype, lambda: weight)
+    return BaseAccess(weight.value, lambda: weight)
 
 
 class One(nn.Module):
@@ -247,6 +247,19 @@ class TestPostponedUpdates:
             assert torch.equal(weight.value, before)
             a.zero_(), b.zero_()  # as when a checkpoint's values take their place
         assert torch.equal(weight.value, at_once.value)
+
+    def test_reading_before_the_end_shows_what_will_be(self):
+        before = One(6, 8).q.weight.detach()
+        weight, at_once = Weight(before.clone()), Weight(before.clone())
+        self.start(at_once)
+        self.start(at_once)
+        with base_updates_at_end():
+            self.start(weight)
+            self.start(weight)  # as for a weight that two modules share
+            assert torch.equal(weight.read(), at_once.value)
+            assert torch.equal(weight.value, before)
+        assert torch.equal(weight.value, at_once.value)
+        assert torch.equal(weight.read(), at_once.value)
 
     def test_a_failure_drops_them(self):
         before = One(6, 8).q.weight.detach()
