@@ -17,10 +17,6 @@ def _given(value: Any) -> bool:
     return value is not None
 
 
-def _offloads(runtime_config: Any) -> bool:
-    return bool(getattr(runtime_config, "ephemeral_gpu_offload", False))
-
-
 # Schemes that PEFT has and `pylora.init` does not, by PEFT's spelling rules. Unknown names the registry refuses.
 _LATER_INIT = re.compile(r"corda.*|(?i:mica)|eva|lora_ga")
 
@@ -35,13 +31,11 @@ _MISSING: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("lora_ga_config", _given),
     ("megatron_config", bool),
     ("trainable_token_indices", _given),
-    ("use_dora", bool),
     ("velora_config", _given),
     ("alora_invocation_tokens", bool),
     ("use_qalora", bool),
     ("monteclora_config", _given),
     ("layer_replication", bool),
-    ("runtime_config", _offloads),
     ("target_parameters", bool),
     ("use_bdlora", _given),
     ("arrow_config", _given),

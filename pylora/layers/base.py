@@ -16,6 +16,8 @@ from pylora.errors import PeftWarning
 from pylora.init import BaseAccess, init_adapter
 from pylora.layers.base_weight import is_conv1d
 from pylora.layers.tuner_layer import BaseTunerLayer, params_of, set_layer_requires_grad
+from pylora.layers.variants.protocol import LoraVariant
+from pylora.layers.variants.registry import Variants, resolve_variant, variants_of
 
 __all__ = ["VARIANT_KWARG_KEYS", "BaseTunerLayer", "LoraLayer"]
 
@@ -34,6 +36,7 @@ class LoraLayer(BaseTunerLayer):
         lora_embedding_A, lora_embedding_B: The factors of an embedding, [r, num_embeddings] and [embedding_dim, r].
         lora_magnitude_vector: DoRA's magnitudes.
         use_rslora, use_dora, lora_bias: The adapter's settings of these names.
+        lora_variant: The variant of an adapter that is not plain LoRA, see `pylora.layers.variants`.
         merged_adapters: Adapters whose delta the base weight holds, in the order of merging.
         cast_input_dtype_enabled: Whether an input of another dtype is cast to the adapter's.
         in_features, out_features: Widths of the base layer.
@@ -48,6 +51,8 @@ class LoraLayer(BaseTunerLayer):
     )
     # Of these, the containers of A and of B in which this kind of layer keeps an adapter.
     factor_names: tuple[str, str] = ("lora_A", "lora_B")
+    # What variants call this kind of layer; the variants that name it are the ones it has.
+    variant_kind: str = ""
     other_param_names: tuple[str, ...] = (
         "r",
         "lora_alpha",
@@ -56,6 +61,7 @@ class LoraLayer(BaseTunerLayer):
         "use_dora",
         "use_rslora",
         "lora_bias",
+        "lora_variant",
     )
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
@@ -77,7 +83,7 @@ class LoraLayer(BaseTunerLayer):
         self._caches: dict[str, Any] = {}
         self.ephemeral_gpu_offload = ephemeral_gpu_offload
         self.cast_input_dtype_enabled = True
-        self.lora_variant: dict[str, Any] = {}
+        self.lora_variant: dict[str, LoraVariant] = {}
         self.kwargs = kwargs
         self.in_features, self.out_features = self._get_in_out_features(self.get_base_layer())
 
@@ -89,6 +95,19 @@ class LoraLayer(BaseTunerLayer):
             return in_features, out_features
         warnings.warn(f"Unsupported layer type '{type(module)}' encountered, proceed at your own risk.", stacklevel=3)
         return getattr(module, "in_features", None), getattr(module, "out_features", None)
+
+    @property
+    def lora_variants(self) -> Variants:
+        """The variants that this layer has, by the configuration's flags that ask for them, sorted."""
+        return variants_of(self.variant_kind)
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant | None:
+        """The variant that `config` asks for here, None for plain LoRA.
+
+        Raises:
+            ValueError: It asks for several, or for one that this layer does not have.
+        """
+        return resolve_variant(self.lora_variants, config)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
         """Add an adapter, or replace the one of that name. The active adapters stay the active ones.
@@ -107,6 +126,9 @@ class LoraLayer(BaseTunerLayer):
         scaling = scaling_for(r, lora_alpha, config.use_rslora)
         require_supported(config)
         self._check_adapter(r, config)
+        variant = self.resolve_lora_variant(config=config)
+        if variant is not None:
+            variant.check(self, r, config)
         if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
             warnings.warn(
                 f"`lora_bias=True` was passed but the targeted layer of type {type(self.get_base_layer()).__name__} "
@@ -128,8 +150,19 @@ class LoraLayer(BaseTunerLayer):
         self.lora_bias[adapter_name] = config.lora_bias
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = config.use_dora
+        self._drop_variant(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if variant is not None:
+            self.lora_variant[adapter_name] = variant
+            variant.init(self, adapter_name=adapter_name, config=config, **kwargs)
         self._settle_new_adapter(adapter_name, config.inference_mode)
+
+    def _drop_variant(self, adapter_name: str) -> None:
+        """Remove what a replaced adapter of that name had beside its factors."""
+        self.lora_variant.pop(adapter_name, None)
+        for attr, container in self._adapter_containers():
+            if attr not in self.factor_names and adapter_name in container:
+                del container[adapter_name]
 
     def _settle_new_adapter(self, adapter_name: str, inference_mode: bool) -> None:
         """The new adapter trains if it is active; the other adapters' flags are theirs."""
@@ -182,10 +215,6 @@ class LoraLayer(BaseTunerLayer):
             raise ValueError(f"Unknown initialization {init_lora_weights=}: expected True, False or 'gaussian'")
         lora_a, lora_b = (getattr(self, name)[adapter_name] for name in self.factor_names)
         self._initialise(lora_a, lora_b, init_lora_weights, self.scaling[adapter_name], None)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.lora_variant.pop(adapter_name, None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Bring one adapter to the base layer's device and, if that is a floating type, its dtype. Meta stays meta."""

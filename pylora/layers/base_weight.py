@@ -44,6 +44,10 @@ class BaseWeight(Protocol):
         """W as a dense [out_features, in_features] tensor in `dtype`; it may alias the storage and is not written."""
         ...
 
+    def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view as [out_features, in_features] of a tensor that is laid out as the layer stores its weight."""
+        ...
+
     def write(self, value: torch.Tensor) -> None:
         """Replace W by `value` ([out_features, in_features], any floating dtype), rounding once to `dtype`."""
         ...
@@ -55,18 +59,19 @@ class DenseBaseWeight:
     Args:
         layer: The base layer.
         transposed: How it stores its weight.
+        name: The layer's attribute that is the weight.
 
     Raises:
         UnsupportedFeatureError: The weight has no data (meta), or is quantised or sharded.
     """
 
-    def __init__(self, layer: nn.Module, transposed: bool) -> None:
-        self._tensor: torch.Tensor = layer.weight  # type: ignore[assignment]
+    def __init__(self, layer: nn.Module, transposed: bool, name: str = "weight") -> None:
+        self._tensor: torch.Tensor = getattr(layer, name)
         self._transposed = transposed
         problem = _not_dense(self._tensor)
         if problem:
             raise UnsupportedFeatureError(
-                f"merge: base_layer.weight of {type(layer).__name__}: expected a floating-point tensor, got {problem}"
+                f"merge: base_layer.{name} of {type(layer).__name__}: expected a floating-point tensor, got {problem}"
             )
 
     @property
@@ -79,8 +84,10 @@ class DenseBaseWeight:
         return self._tensor.dtype
 
     def read(self) -> torch.Tensor:
-        weight = self._tensor.detach()
-        return as_it_will_be(self._tensor, weight.t() if self._transposed else weight)
+        return as_it_will_be(self._tensor, self.as_matrix(self._tensor.detach()))
+
+    def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.t() if self._transposed else tensor
 
     def write(self, value: torch.Tensor) -> None:
         # In place, so that a tied weight stays tied; through the tensor itself, so that its version counter moves.
@@ -96,8 +103,8 @@ class ConvBaseWeight(DenseBaseWeight):
         rows = self._tensor.shape[0]
         return rows, self._tensor.numel() // rows
 
-    def read(self) -> torch.Tensor:
-        return as_it_will_be(self._tensor, self._tensor.detach().flatten(1))
+    def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten(1)
 
     def write(self, value: torch.Tensor) -> None:
         super().write(value.view(self._tensor.shape))

@@ -127,6 +127,7 @@ class _ConvNd(DeltaLayer):
 class Conv1d(_ConvNd):
     """LoRA on `nn.Conv1d`, see `_ConvNd`."""
 
+    variant_kind = "conv1d"
     _dim = 1
     conv_fn = staticmethod(F.conv1d)
 
@@ -134,6 +135,7 @@ class Conv1d(_ConvNd):
 class Conv2d(_ConvNd):
     """LoRA on `nn.Conv2d`, see `_ConvNd`."""
 
+    variant_kind = "conv2d"
     _dim = 2
     conv_fn = staticmethod(F.conv2d)
 
@@ -141,6 +143,7 @@ class Conv2d(_ConvNd):
 class Conv3d(_ConvNd):
     """LoRA on `nn.Conv3d`, see `_ConvNd`."""
 
+    variant_kind = "conv3d"
     _dim = 3
     conv_fn = staticmethod(F.conv3d)
 

@@ -12,11 +12,25 @@ from pylora.layers.base import VARIANT_KWARG_KEYS, LoraLayer
 from pylora.layers.base_weight import BaseWeight
 from pylora.layers.merging import (
     Delta,
+    MergedValues,
     check_adapters_to_merge,
     merge_into_base,
     merged_values,
     unmerge_from_base,
+    unmerged_values,
 )
+
+
+def _merged_key(adapter_name: str) -> str:
+    return f"merged_delta.{adapter_name}"
+
+
+def _forbid_shortcuts(*_: Any) -> None:
+    """Never called, as a ModuleDict has no forward.
+
+    `nn.TransformerEncoderLayer` in eval mode computes from the weights of its children, which would leave the adapters
+    out, unless it finds a hook on any module inside it.
+    """
 
 
 class DeltaLayer(nn.Module, LoraLayer):
@@ -29,6 +43,7 @@ class DeltaLayer(nn.Module, LoraLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
+        self.lora_dropout.register_forward_pre_hook(_forbid_shortcuts)
 
     def _adapter_output(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the base layer's output for x, in any floating dtype."""
@@ -65,32 +80,44 @@ class DeltaLayer(nn.Module, LoraLayer):
         """
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
-        for key in VARIANT_KWARG_KEYS:
-            kwargs.pop(key, None)
+        variant_kwargs = {key: kwargs.pop(key, None) for key in VARIANT_KWARG_KEYS}
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **variant_kwargs, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
         result_dtype = result.dtype
         for name in self.active_adapters:
-            if self._has_adapter(name):
+            if not self._has_adapter(name):
+                continue
+            variant = self.lora_variant.get(name)
+            if variant is None:
                 result = result + self._adapter_output(name, x)
+            else:
+                result = variant.forward(self, active_adapter=name, x=x, result=result, **variant_kwargs, **kwargs)
         return result.to(result_dtype)
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
         """A batch whose rows belong to different adapters: row i gets adapter_names[i], or none if that is not here."""
+        variant_kwargs = {key: kwargs.pop(key, None) for key in VARIANT_KWARG_KEYS}
         result = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
-            if self._has_adapter(name):
-                rows = [i for i, row_name in enumerate(adapter_names) if row_name == name]
+            if not self._has_adapter(name):
+                continue
+            rows = [i for i, row_name in enumerate(adapter_names) if row_name == name]
+            variant = self.lora_variant.get(name)
+            if variant is None:
                 result[rows] += self._adapter_output(name, x[rows]).to(result.dtype)
+                continue
+            for_rows = {key: None if item is None else [item[i] for i in rows] for key, item in variant_kwargs.items()}
+            output = variant.forward(self, active_adapter=name, x=x[rows], result=result[rows], **for_rows, **kwargs)
+            result[rows] = output.to(result.dtype)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -108,41 +135,73 @@ class DeltaLayer(nn.Module, LoraLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self._has_adapter(name)]
         if not names:
             return
-        merge_into_base(self._base_weight(), self._base_bias(), self._deltas(names), safe_merge)
+        self._require_mergeable(names, safe_merge)
+        deltas = self._deltas(names)
+        merge_into_base(self._base_weight(), self._base_bias(), deltas, safe_merge)
+        # Kept, as what a variant computes of the unmerged weight cannot be computed again while it is merged.
+        self._caches.update({_merged_key(delta.adapter_name): delta for delta in deltas})
         self.merged_adapters.extend(names)
 
     def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise what `merge` with these arguments would raise, and change nothing."""
         names = [name for name in check_adapters_to_merge(self, adapter_names, warn=False) if self._has_adapter(name)]
         if names:
-            weight, deltas = self._base_weight(), self._deltas(names)
+            self._require_mergeable(names, safe_merge)
+            weight = self._base_weight()
             if safe_merge:
-                merged_values(weight, self._base_bias(), deltas, safe_merge=True)
+                merged_values(weight, self._base_bias(), self._deltas(names), safe_merge=True)
+
+    def _require_mergeable(self, names: list[str], safe_merge: bool) -> None:
+        for name in names:
+            variant = self.lora_variant.get(name)
+            if variant is not None:
+                variant.require_mergeable(self, name, safe_merge)
+                continue
+            self._factors(name)
+            if self.lora_bias[name] and self._base_bias() is None:
+                raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
 
     def unmerge(self) -> None:
         """Take every merged delta out of the base weight and bias; warns when there is none."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        names = [name for name in reversed(self.merged_adapters) if self._has_adapter(name)]
-        if names:
-            unmerge_from_base(self._base_weight(), self._base_bias(), self._deltas(names))
+        deltas = self._merged_deltas()
+        if deltas:
+            unmerge_from_base(self._base_weight(), self._base_bias(), deltas)
+        for name in self.merged_adapters:
+            self._caches.pop(_merged_key(name), None)
         self.merged_adapters.clear()
 
+    def _unmerged(self) -> MergedValues:
+        """The base weight, [out, in], and bias without the merged adapters; views of them where none changed them."""
+        weight, bias = self._base_weight(), self._base_bias()
+        deltas = self._merged_deltas()
+        if not deltas:
+            return MergedValues(weight.read(), bias)
+        values = unmerged_values(weight, bias, deltas)
+        return values if values.bias is not None else values._replace(bias=bias)
+
+    def _merged_deltas(self) -> list[Delta]:
+        """What the base weight holds, the last merged first."""
+        deltas = (self._caches.get(_merged_key(name)) for name in reversed(self.merged_adapters))
+        return [delta for delta in deltas if delta is not None]
+
     def _deltas(self, names: list[str]) -> list[Delta]:
+        """What merging the adapters, which are not merged, does."""
         deltas = []
         for name in names:
-            a, b = self._factors(name)
-            scaling, bias = self.scaling[name], None
-            if self.lora_bias[name]:
-                if self._base_bias() is None:
-                    raise RuntimeError(
-                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
-                    )
-                lora_b: Any = self.lora_B[name]
-                bias = lora_b.bias.detach() * scaling
-            deltas.append(Delta(name, a.detach(), b.detach(), scaling, bias))
+            variant = self.lora_variant.get(name)
+            deltas.append(self._plain_delta(name) if variant is None else variant.delta(self, name))
         return deltas
+
+    def _plain_delta(self, name: str) -> Delta:
+        a, b = self._factors(name)
+        scaling, bias = self.scaling[name], None
+        if self.lora_bias[name]:
+            lora_b: Any = self.lora_B[name]
+            bias = lora_b.bias.detach() * scaling
+        return Delta(name, a.detach(), b.detach(), scaling, bias)
 
     def _delta_matrix(self, name: str) -> torch.Tensor:
         """scaling · B·A in B's dtype; on a CPU narrow factors are multiplied in f32."""

@@ -38,6 +38,7 @@ class Embedding(DeltaLayer):
     """
 
     factor_names = ("lora_embedding_A", "lora_embedding_B")
+    variant_kind = "embedding"
 
     def __init__(
         self,

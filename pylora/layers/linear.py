@@ -91,6 +91,8 @@ class Linear(DeltaLayer):
     may be f32 beside a bf16 or f16 base.
     """
 
+    variant_kind = "linear"
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -135,7 +137,7 @@ class Linear(DeltaLayer):
         if type(weight) not in _PLAIN_TENSORS or weight.dtype not in _OP_DTYPES or type(x) not in _PLAIN_TENSORS:
             return None
         # Inputs that do not fit go to the modules too: torch's error is the one that callers know.
-        if not x.is_cpu or x.shape[-1:] != (self.in_features,) or _calls_are_observed():
+        if not x.is_cpu or x.is_nested or x.shape[-1:] != (self.in_features,) or _calls_are_observed():
             return None
         if x.dtype is not weight.dtype and not _autocast_matches(x.dtype, weight.dtype):
             return None

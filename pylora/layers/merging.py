@@ -1,7 +1,7 @@
 """Merging into and unmerging from the base weight, in plain torch.
 
-Numerics: W + delta_1 + ... + delta_n is summed in f32 (f64 for an f64 weight) and rounded once to W's dtype. Everything
-is computed before the first write.
+Numerics: W + delta_1 + ... + delta_n is summed in f32 (f64 for an f64 weight) and rounded once to W's dtype; a delta
+with a row scale multiplies what is there with it. Everything is computed before the first write.
 """
 
 from __future__ import annotations
@@ -15,18 +15,37 @@ from pylora.layers.base_weight import BaseWeight
 from pylora.layers.tuner_layer import BaseTunerLayer
 
 
+class RowScale(NamedTuple):
+    """A factor for each row of the weight.
+
+    Attributes:
+        factor: [out].
+        kept_bias: The part of the bias, [out], that is not multiplied; None for all of it, where no adapter has a bias.
+        lost: Indices of rows that cannot be divided by their factor again.
+        lost_rows: These rows of the weight without adapters, [len(lost), in].
+    """
+
+    factor: torch.Tensor
+    kept_bias: torch.Tensor | None
+    lost: torch.Tensor
+    lost_rows: torch.Tensor
+
+
 class Delta(NamedTuple):
-    """What one adapter adds: scaling * b @ a to the weight, and `bias` (already scaled) to the base bias."""
+    """What one adapter does: add scaling * b @ a to the weight and `bias` (already scaled) to the base bias, then
+    multiply weight and bias by `row_scale`.
+    """
 
     adapter_name: str
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
-    bias: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    row_scale: RowScale | None = None
 
 
 class MergedValues(NamedTuple):
-    """The rounded weight ([out, in]) and bias that a merge would store; `bias` is None where no adapter changes it."""
+    """A weight ([out, in]) and bias, to be stored; `bias` is None where no adapter changes it."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -63,7 +82,7 @@ def check_adapters_to_merge(
     return names
 
 
-def _accumulator(tensor: torch.Tensor) -> torch.Tensor:
+def wide_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of `tensor` wide enough to sum in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
@@ -72,6 +91,45 @@ def _add_product(total: torch.Tensor, delta: Delta, sign: float) -> None:
     a = delta.a.to(device=total.device, dtype=total.dtype)
     b = delta.b.to(device=total.device, dtype=total.dtype)
     total.addmm_(b, a, alpha=sign * float(delta.scaling))
+
+
+def add_delta(total: torch.Tensor, delta: Delta) -> None:
+    """Put a delta into the [out, in] weight `total`, in place."""
+    _add_product(total, delta, 1.0)
+    if delta.row_scale is not None:
+        total.mul_(delta.row_scale.factor.to(total).unsqueeze(1))
+
+
+def take_out_delta(total: torch.Tensor, delta: Delta) -> None:
+    """Take the delta that was put last into the [out, in] weight `total` out again, in place."""
+    if delta.row_scale is not None:
+        total.div_(delta.row_scale.factor.to(total).unsqueeze(1))
+    _add_product(total, delta, -1.0)
+
+
+def _changed_bias(total: torch.Tensor, delta: Delta) -> torch.Tensor:
+    if delta.bias is not None:
+        total = total + delta.bias.to(total)
+    if delta.row_scale is not None and delta.row_scale.kept_bias is not None:
+        kept = delta.row_scale.kept_bias.to(total)
+        total = kept + (total - kept) * delta.row_scale.factor.to(total)
+    return total
+
+
+def _unchanged_bias(total: torch.Tensor, delta: Delta) -> torch.Tensor:
+    if delta.row_scale is not None and delta.row_scale.kept_bias is not None:
+        kept = delta.row_scale.kept_bias.to(total)
+        total = kept + (total - kept) / delta.row_scale.factor.to(total)
+    return total if delta.bias is None else total - delta.bias.to(total)
+
+
+def _wide_bias(bias: torch.Tensor | None, deltas: list[Delta]) -> torch.Tensor | None:
+    """A copy of the bias to work on, None where no delta concerns it."""
+    if bias is None or all(
+        delta.bias is None and (delta.row_scale is None or delta.row_scale.kept_bias is None) for delta in deltas
+    ):
+        return None
+    return wide_copy(bias.detach())
 
 
 def _require_finite(tensor: torch.Tensor, adapter_name: str) -> None:
@@ -92,19 +150,17 @@ def merged_values(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[De
     Raises:
         ValueError: `safe_merge` and a value is NaN or infinite; the message names the adapter that made it so.
     """
-    total = _accumulator(weight.read())
-    total_bias = None if bias is None else _accumulator(bias.detach())
-    bias_changed = False
+    total = wide_copy(weight.read())
+    total_bias = _wide_bias(bias, deltas)
     for delta in deltas:
-        _add_product(total, delta, 1.0)
+        add_delta(total, delta)
         if safe_merge:
             _require_finite(total.to(weight.dtype), delta.adapter_name)
-        if delta.bias is not None and total_bias is not None:
-            total_bias += delta.bias
-            bias_changed = True
-            if safe_merge and bias is not None:
+        if total_bias is not None and bias is not None:
+            total_bias = _changed_bias(total_bias, delta)
+            if safe_merge:
                 _require_finite(total_bias.to(bias.dtype), delta.adapter_name)
-    return MergedValues(total.to(weight.dtype), total_bias if bias_changed else None)
+    return MergedValues(total.to(weight.dtype), total_bias)
 
 
 @torch.no_grad()
@@ -117,16 +173,30 @@ def merge_into_base(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[
 
 
 @torch.no_grad()
-def unmerge_from_base(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[Delta]) -> None:
-    """Subtract the deltas that `merge_into_base` added; exact up to one rounding of each weight."""
-    total = _accumulator(weight.read())
-    total_bias = None if bias is None else _accumulator(bias.detach())
-    bias_changed = False
+def unmerged_values(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[Delta]) -> MergedValues:
+    """The weight, [out, in], and bias as they were before the deltas, not rounded; nothing is written.
+
+    Args:
+        weight: The base weight.
+        bias: The base layer's bias, if it has one.
+        deltas: What `merge_into_base` added, the last first.
+    """
+    total = wide_copy(weight.read())
+    total_bias = _wide_bias(bias, deltas)
     for delta in deltas:
-        _add_product(total, delta, -1.0)
-        if delta.bias is not None and total_bias is not None:
-            total_bias -= delta.bias
-            bias_changed = True
-    weight.write(total)
-    if bias_changed and bias is not None and total_bias is not None:
-        bias.copy_(total_bias)
+        take_out_delta(total, delta)
+        if total_bias is not None:
+            total_bias = _unchanged_bias(total_bias, delta)
+    for delta in deltas:
+        if delta.row_scale is not None:
+            total[delta.row_scale.lost] = delta.row_scale.lost_rows.to(total)
+    return MergedValues(total, total_bias)
+
+
+@torch.no_grad()
+def unmerge_from_base(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[Delta]) -> None:
+    """Take out the deltas that `merge_into_base` added, the last first; exact up to one rounding of each weight."""
+    values = unmerged_values(weight, bias, deltas)
+    weight.write(values.weight)
+    if values.bias is not None and bias is not None:
+        bias.copy_(values.bias)

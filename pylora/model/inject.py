@@ -116,7 +116,16 @@ class Injection:
             journal.add(_adapter_restorer(module, self.adapter_name))
             module.update_layer(self.adapter_name, rank, lora_alpha=alpha, config=config, target_name=name)
             return
-        layer = create_layer(module, self.adapter_name, config, r=rank, lora_alpha=alpha, target_name=name)
+        offload = config.runtime_config.ephemeral_gpu_offload
+        layer = create_layer(
+            module,
+            self.adapter_name,
+            config,
+            r=rank,
+            lora_alpha=alpha,
+            target_name=name,
+            ephemeral_gpu_offload=offload,
+        )
         parent_name, _, child_name = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         setattr(parent, child_name, layer)

@@ -123,7 +123,7 @@ class TestConstruction:
         [
             {"target_modules": ["nothing"]},
             {"target_modules": ["lin0"], "bias": "sometimes"},
-            {"target_modules": ["lin0"], "use_dora": True},
+            {"target_modules": ["lin0"], "velora_config": {}},
             {"target_modules": ["lin0"], "r": 0},
             {"target_modules": ["lin0"], "task_type": "CAUSAL_LM"},
         ],

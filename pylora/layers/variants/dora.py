@@ -1,0 +1,286 @@
+"""DoRA: direction and magnitude of each weight row trained apart (https://arxiv.org/abs/2402.09353).
+
+y = m / ‖W + s·B·A‖ · (W + s·B·A)·x, the norm of each row taken as a constant (section 4.3 of the paper), m starting as
+the norm. Numerics, state-dict keys and shapes are PEFT 0.21's (tuners/lora/dora.py and variants.py); the norm itself is
+computed from the factors, see `dora_norm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pylora.errors import UnsupportedFeatureError
+from pylora.layers.merging import Delta, RowScale
+from pylora.layers.variants.dora_cache import KeptNorm, caching_enabled
+from pylora.layers.variants.dora_norm import row_norms
+from pylora.layers.variants.protocol import LoraVariant
+from pylora.layers.variants.registry import register_variant
+
+_KEY = "weight-norm"
+
+
+class DoraLinearLayer(nn.Module):
+    """The magnitudes of one adapter on one layer, in `layer.lora_magnitude_vector[adapter_name]`.
+
+    Args:
+        weight: Their first values, the row norms, in the shape they are saved in.
+
+    Attributes:
+        weight: The magnitudes.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self._dora_cache: dict[str, KeptNorm] = {}
+
+    def forward(self, norm: torch.Tensor) -> torch.Tensor:
+        """The factor on each row, magnitude / norm, in the magnitudes' shape; the magnitude where the norm is 0."""
+        norm = norm.to(self.weight.dtype).view_as(self.weight)
+        return self.weight / torch.where(norm == 0, 1, norm)
+
+    def norm(
+        self, compute: Callable[[], torch.Tensor], sources: tuple[torch.Tensor, ...], scaling: Any
+    ) -> torch.Tensor:
+        """The row norms, kept from an earlier call where `DoraCaching` allows it.
+
+        Args:
+            compute: Computes them.
+            sources: The tensors that it computes them from.
+            scaling: The scaling that it uses.
+        """
+        if self.training or not caching_enabled():
+            self._dora_cache.clear()
+            return compute()
+        kept = self._dora_cache.get(_KEY)
+        if kept is not None and kept.is_valid(sources, scaling):
+            return kept.norm
+        self._dora_cache.clear()
+        with torch.inference_mode(False):  # a tensor of inference mode could not be used in a later call with autograd
+            norm = compute()
+            entry = KeptNorm.of(norm, sources, scaling)
+        if entry is not None:
+            self._dora_cache[_KEY] = entry
+        return norm
+
+    def train(self, mode: bool = True) -> DoraLinearLayer:
+        if mode:
+            self._dora_cache.clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dora_cache": {}}  # a copy would hold copies of the base weight
+
+    def __repr__(self) -> str:
+        return "lora.dora." + super().__repr__()
+
+
+class DoraEmbeddingLayer(DoraLinearLayer):
+    """The magnitudes of an adapter on an embedding, see `DoraLinearLayer`."""
+
+
+class _DoraConvNdLayer(DoraLinearLayer):
+    """The magnitudes of an adapter on a convolution, of shape [1, out_channels, 1...], see `DoraLinearLayer`."""
+
+
+class DoraConv1dLayer(_DoraConvNdLayer):
+    """As `_DoraConvNdLayer`."""
+
+
+class DoraConv2dLayer(_DoraConvNdLayer):
+    """As `_DoraConvNdLayer`."""
+
+
+class DoraConv3dLayer(_DoraConvNdLayer):
+    """As `_DoraConvNdLayer`."""
+
+
+class _Dora(LoraVariant):
+    """What DoRA is on every kind of layer. A subclass knows where the factors are and how the layer computes."""
+
+    layer_cls: type[DoraLinearLayer] = DoraLinearLayer
+
+    @staticmethod
+    def _factors(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as parameters."""
+        return module.lora_A[name].weight, module.lora_B[name].weight
+
+    @classmethod
+    def _row_norms(cls, module: Any, name: str, weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The norms of the rows of `weight`, [out, in], with the adapter's delta, computed on `device`: [out], f64."""
+        a, b = cls._factors(module, name)
+        return row_norms(weight.to(device), a.detach().to(device), b.detach().to(device), module.scaling[name])
+
+    @classmethod
+    def _factor(cls, module: Any, name: str) -> torch.Tensor:
+        """magnitude / norm for each row, [out], differentiable by the magnitude."""
+        base_weight = module.get_base_layer().weight
+        magnitude = module.lora_magnitude_vector[name]
+        matrix = module._base_weight().read()
+        factors = cls._factors(module, name)
+        norm = magnitude.norm(
+            lambda: cls._row_norms(module, name, matrix, matrix.device), (base_weight, *factors), module.scaling[name]
+        )
+        return magnitude(norm).flatten()
+
+    @staticmethod
+    def check(module: Any, r: int, config: Any) -> None:
+        weight = module.get_base_layer().weight
+        # A weight without data is fine: so are magnitudes, until both are loaded.
+        if weight.is_meta:
+            return
+        try:
+            module._base_weight()
+        except UnsupportedFeatureError as error:
+            raise UnsupportedFeatureError(f"use_dora: {error}") from error
+
+    @classmethod
+    def init(cls, module: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        """Magnitudes are the norms of the rows at first, in the base weight's dtype, so that nothing is changed yet."""
+        weight: torch.Tensor = module.get_base_layer().weight
+        a, _ = cls._factors(module, adapter_name)
+        if weight.is_meta or a.is_meta:
+            norms = torch.empty(module.out_features, device="meta")
+        else:
+            device = _working_device(weight.device, module.ephemeral_gpu_offload)
+            norms = cls._row_norms(module, adapter_name, module._unmerged().weight, device).to(weight.device)
+        shape = (1, -1, *(1 for _ in weight.shape[2:])) if weight.ndim > 2 else (-1,)
+        module.lora_magnitude_vector[adapter_name] = cls.layer_cls(norms.to(weight.dtype).view(shape))
+
+    @staticmethod
+    def require_mergeable(module: Any, active_adapter: str, safe_merge: bool) -> None:
+        module._factors(active_adapter)
+
+    @classmethod
+    def delta(cls, module: Any, active_adapter: str) -> Delta:
+        unmerged = module._unmerged()
+        norm = cls._row_norms(module, active_adapter, unmerged.weight, unmerged.weight.device)
+        factor = module.lora_magnitude_vector[active_adapter](norm).detach().flatten()
+        # The forward does not scale the base bias, but it does scale the bias of an adapter that came before.
+        has_biases = unmerged.bias is not None and any(module.lora_bias.values())
+        kept_bias = unmerged.bias.detach().clone() if has_biases else None
+        lost = ((factor == 0) | ~factor.isfinite()).nonzero().flatten()
+        row_scale = RowScale(factor, kept_bias, lost, unmerged.weight[lost])
+        return module._plain_delta(active_adapter)._replace(row_scale=row_scale)
+
+
+def _working_device(device: torch.device, offload: bool) -> torch.device:
+    """Where to compute the first norms: with `ephemeral_gpu_offload` on the accelerator, if there is one."""
+    if offload and device.type == "cpu" and torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or device
+    return device
+
+
+class _DoraOnModules(_Dora):
+    """DoRA where the factors are modules to call: linear layers and convolutions."""
+
+    @staticmethod
+    def _base_without_bias(module: Any, x: torch.Tensor) -> torch.Tensor:
+        """The base layer on x, in x's dtype, without its bias."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _along_output(vector: torch.Tensor, output: torch.Tensor, base_layer: Any) -> torch.Tensor:
+        """A value for each output feature, shaped to be multiplied with the output."""
+        return vector
+
+    @classmethod
+    def forward(
+        cls, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        dropout = module.lora_dropout[active_adapter]
+        base_layer = module.get_base_layer()
+        x = module._cast_input_dtype(x, lora_a.weight.dtype)
+        if isinstance(dropout, nn.Identity) or not module.training:
+            bias = base_layer.bias
+            base_result = result if bias is None else result - cls._along_output(bias, result, base_layer)
+        else:
+            x = dropout(x)
+            base_result = cls._base_without_bias(module, x)
+        factor = cls._along_output(cls._factor(module, active_adapter), result, base_layer)
+        return result + ((factor - 1) * base_result + factor * lora_b(lora_a(x)) * module.scaling[active_adapter])
+
+
+@register_variant("use_dora", "linear")
+class DoraLinearVariant(_DoraOnModules):
+    """DoRA on a dense layer."""
+
+    @staticmethod
+    def _base_without_bias(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, module._base_weight().read().to(x.dtype))
+
+
+class _DoraConvNdVariant(_DoraOnModules):
+    """DoRA on a convolution: each output channel's kernel is a row."""
+
+    layer_cls = _DoraConvNdLayer
+
+    @classmethod
+    def _row_norms(cls, module: Any, name: str, weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """As the superclass; with groups as PEFT, whose files hold magnitudes that were trained against these norms.
+
+        PEFT multiplies B, seen as [out / groups, rank], with A [rank, in · kernel] and lays the product out as the base
+        weight [out, in / groups · kernel]: row o of it is part o % groups of the product's row o // groups.
+        """
+        lora_a, lora_b = cls._factors(module, name)
+        groups = module.get_base_layer().groups
+        a = lora_a.detach().flatten(1).to(device)
+        b = lora_b.detach().reshape(-1, a.shape[0]).to(device)
+        weight = weight.to(device)
+        norms = weight.new_empty(weight.shape[0], dtype=torch.float64)
+        for part, columns in enumerate(a.chunk(groups, dim=1)):
+            norms[part::groups] = row_norms(weight[part::groups], columns, b, module.scaling[name])
+        return norms
+
+    @staticmethod
+    def _base_without_bias(module: Any, x: torch.Tensor) -> torch.Tensor:
+        base_layer = module.get_base_layer()
+        return base_layer._conv_forward(x, base_layer.weight.to(x.dtype), None)
+
+    @staticmethod
+    def _along_output(vector: torch.Tensor, output: torch.Tensor, base_layer: Any) -> torch.Tensor:
+        return vector.view(-1, *(1 for _ in base_layer.kernel_size))
+
+
+@register_variant("use_dora", "conv1d")
+class DoraConv1dVariant(_DoraConvNdVariant):
+    """DoRA on `nn.Conv1d`."""
+
+    layer_cls = DoraConv1dLayer
+
+
+@register_variant("use_dora", "conv2d")
+class DoraConv2dVariant(_DoraConvNdVariant):
+    """DoRA on `nn.Conv2d`."""
+
+    layer_cls = DoraConv2dLayer
+
+
+@register_variant("use_dora", "conv3d")
+class DoraConv3dVariant(_DoraConvNdVariant):
+    """DoRA on `nn.Conv3d`."""
+
+    layer_cls = DoraConv3dLayer
+
+
+@register_variant("use_dora", "embedding")
+class DoraEmbeddingVariant(_Dora):
+    """DoRA on an embedding: a row of the weight is an embedding dimension, over all embeddings."""
+
+    layer_cls = DoraEmbeddingLayer
+
+    @staticmethod
+    def _factors(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return module.lora_embedding_A[name], module.lora_embedding_B[name]
+
+    @classmethod
+    def forward(
+        cls, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        return cls._factor(module, active_adapter) * (result + module._adapter_output(active_adapter, x))
