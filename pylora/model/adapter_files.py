@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
+from pylora.checkpoint.convert import check_convertible, config_of_converted, relative_to_initial
 from pylora.checkpoint.extract import get_peft_model_state_dict
 from pylora.checkpoint.files import StagedFiles, StrPath, adapter_folder, split_hub_arguments, staged_files
 from pylora.checkpoint.keys import LORA_PREFIX, checked_adapter_name
@@ -63,13 +64,15 @@ class AdapterFiles:
             selected_adapters: which adapters; all by default.
             save_embedding_layers: True, False, or "auto": when they are targeted or were resized.
             is_main_process: False writes nothing, for all processes but one of a distributed job.
-            path_initial_model_for_weight_conversion: pylora does not have this yet.
+            path_initial_model_for_weight_conversion: folder of the same adapter, saved before training. What is
+                written is then the change since: a plain LoRA of twice the rank for the original base weights, where
+                PiSSA, OLoRA and their like have changed the base weights in memory.
             kwargs: `state_dict`, the model's tensors where the caller has gathered them (FSDP, DeepSpeed). Others are
                 accepted as PEFT does, and unused.
 
         Raises:
-            ValueError: `save_directory` is a file, or an unknown name in `selected_adapters`.
-            UnsupportedFeatureError: `path_initial_model_for_weight_conversion` is given.
+            ValueError: `save_directory` is a file, an unknown name in `selected_adapters`, or the adapter cannot be
+                converted: rsLoRA with rank or alpha patterns, or an initial adapter that does not fit.
         """
         model: Any = self
         if os.path.isfile(save_directory):
@@ -80,10 +83,11 @@ class AdapterFiles:
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{list(model.peft_config)} - got {names}."
             )
+        initial = None
         if path_initial_model_for_weight_conversion is not None:
-            raise UnsupportedFeatureError(
-                "path_initial_model_for_weight_conversion: expected None, pylora cannot convert adapters yet"
-            )
+            for name in names:
+                check_convertible(model.peft_config[name])
+            initial = load_peft_weights(path_initial_model_for_weight_conversion)
         folders = {name: adapter_folder(save_directory, name) for name in names}
         with staged_files() as stage:
             for name, folder in folders.items():
@@ -92,9 +96,12 @@ class AdapterFiles:
                     model, kwargs.get("state_dict"), adapter_name=name, save_embedding_layers=save_embedding_layers
                 )
                 if is_main_process:
+                    config = model.peft_config[name]
+                    if initial is not None:
+                        tensors, config = relative_to_initial(tensors, initial), config_of_converted(config)
                     warn_if_shadowed(folder, safe_serialization)
                     stage_weights(tensors, stage.folder(folder), safe_serialization)
-                    _stage_config(model, model.peft_config[name], stage.folder(folder))
+                    _stage_config(model, config, stage.folder(folder))
             if is_main_process:
                 _stage_model_card(model, stage, Path(save_directory))
 

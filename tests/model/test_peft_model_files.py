@@ -177,11 +177,6 @@ class TestSaving:
             make().save_pretrained(tmp_path / "file")
         assert (tmp_path / "file").read_text() == "x"
 
-    def test_conversion_comes_later(self, tmp_path):
-        with pytest.raises(UnsupportedFeatureError, match="path_initial_model_for_weight_conversion"):
-            make().save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion="init")
-        assert not (tmp_path / "new").exists()
-
     def test_a_name_that_got_past_the_checks_does_not_leave_the_folder(self, tmp_path):
         model = make()
         model.peft_config["../escaped"] = model.peft_config["default"]
