@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pylora.checkpoint.load import size_mismatch
-from pylora.checkpoint.structure import is_adapter_layer, is_auxiliary, join, place_of
+from pylora.checkpoint.structure import is_adapter_layer, is_auxiliary, join, place_of, state_dict_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,4 +75,4 @@ def _base_keys(module: nn.Module, name: str = "", key: str = "") -> Iterator[tup
             yield join(name, own), join(key, own)
         for part, child in module._modules.items():
             if child is not None:
-                yield from _base_keys(child, join(name, part), join(key, part))
+                yield from _base_keys(child, join(name, state_dict_name(part)), join(key, state_dict_name(part)))

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from pylora.checkpoint.structure import state_dict_name
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -45,7 +47,8 @@ def embedding_entries(
         wanted = getattr(layer, "base_layer", None) if targeted else layer
         name = None if wanted is None else next((n for n, m in model.named_modules() if m is wanted), None)
         if name:
-            entries.update((key, value) for key, value in state_dict.items() if key.startswith(f"{name}."))
+            prefix = f"{state_dict_name(name)}."
+            entries.update((key, value) for key, value in state_dict.items() if key.startswith(prefix))
     return entries
 
 

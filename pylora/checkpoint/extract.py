@@ -54,7 +54,11 @@ def get_peft_model_state_dict(
     chosen.update(_bias_entries(sites, tensors, getattr(config, "bias", "none")))
     chosen.update(_auxiliary_entries(sites, adapter_name, tensors))
     chosen.update(embedding_entries(model, config, tensors, save_embedding_layers))
-    found = {to_checkpoint_key(key, adapter_name): tensor for key, tensor in chosen.items()}
+    # Elsewhere the adapter's name is that of a module or a tensor: an adapter may be called "bias".
+    named = {root for site in sites for root in adapter_roots(site, adapter_name)}
+    found = {
+        to_checkpoint_key(key, adapter_name) if is_under(key, named) else key: tensor for key, tensor in chosen.items()
+    }
     if was_inferred:
         _warn_about_shards(found, adapter_name)
     return found

@@ -58,8 +58,10 @@ def _read_pickle(path: os.PathLike[str], device: str | torch.device) -> dict[str
     import torch
 
     tensors = torch.load(path, map_location=torch.device(device), weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(f"{os.fspath(path)!r}: expected a dictionary of tensors, got {type(tensors).__name__}")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
+    ):
+        raise ValueError(f"{os.fspath(path)!r}: expected a dictionary of tensors by name, got {type(tensors).__name__}")
     return tensors
 
 
@@ -86,7 +88,8 @@ def set_peft_model_state_dict(
 
     Raises:
         KeyError: no adapter of that name, or a module of `modules_to_save` is not in the checkpoint.
-        RuntimeError: a tensor of another shape than the model's. Nothing has been copied then.
+        RuntimeError: a tensor of another shape than the model's, or a sparse or quantised one. Nothing has been copied
+            then.
     """
     plan = plan_load(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes)
     result = plan.apply(low_cpu_mem_usage=low_cpu_mem_usage)
@@ -169,7 +172,9 @@ def plan_load(
             plan.unexpected.append(key)
             continue
         shape = place.held.shape
-        if tensor.shape == shape:
+        if str(tensor.layout) != "torch.strided" or tensor.is_quantized:
+            problems.append(f"{model_key}: expected a dense tensor, got a {tensor.layout} one of {tensor.dtype}.")
+        elif tensor.shape == shape:
             plan.tensors[model_key] = tensor
         elif ignore_mismatched_sizes:
             plan.mismatched.append((model_key, tensor.shape, shape))

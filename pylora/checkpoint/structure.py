@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_FSDP_PREFIX = "_fsdp_wrapped_module."
+# Children in which FSDP1's and activation checkpointing's wrappers keep the module: no part of state dict keys.
+_TRANSPARENT = frozenset(("_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,24 @@ def adapter_sites(model: nn.Module) -> Iterator[Site]:
         seen.add(id(module))
         children: Iterable[tuple[str, nn.Module | None]] = module._modules.items()
         if is_auxiliary(module):
-            yield Site(_state_dict_name(name), module, is_auxiliary=True)
+            yield Site(state_dict_name(name), module, is_auxiliary=True)
             continue
         if is_adapter_layer(module):
-            yield Site(_state_dict_name(name), module, is_auxiliary=False)
+            yield Site(state_dict_name(name), module, is_auxiliary=False)
             children = [("base_layer", module._modules["base_layer"])]
         stack.extend((join(name, part), child) for part, child in reversed(list(children)) if child is not None)
 
 
-def _state_dict_name(name: str) -> str:
-    """FSDP1 keeps its wrapper's name out of state dict keys."""
-    return name.removeprefix(_FSDP_PREFIX)
+def state_dict_name(name: str) -> str:
+    """A module's path as state dict keys have it: without wrappers that leave no trace there."""
+    return ".".join(part for part in name.split(".") if part not in _TRANSPARENT)
+
+
+def _wrapped(module: nn.Module | None) -> nn.Module | None:
+    """What a wrapper without a trace in state dict keys holds; any other module itself."""
+    while module is not None and (inside := next(filter(_TRANSPARENT.__contains__, module._modules), None)):
+        module = module._modules[inside]
+    return module
 
 
 def join(*parts: str) -> str:
@@ -140,9 +148,9 @@ class Place(NamedTuple):
 def place_of(model: nn.Module, key: str) -> Place | None:
     """The place of the state dict entry `key`, None if the model saves no such tensor."""
     *path, leaf = key.split(".")
-    module: nn.Module | None = model
+    module = _wrapped(model)
     for part in path:
-        module = module._modules.get(part) if module is not None else None
+        module = _wrapped(module._modules.get(part)) if module is not None else None
     if module is None:
         return None
     held: Tensor | None = module._parameters.get(leaf)

@@ -5,6 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import pylora
 from pylora.checkpoint import get_peft_model_state_dict
@@ -82,6 +83,28 @@ def test_an_adapter_called_like_a_module_hides_nothing(mlp, wrap):
     model = wrap(pylora, mlp(), target_modules=["lin0", "lin1"])
     model.add_adapter("lin0", pylora.LoraConfig(target_modules=["lin0"]))
     assert "base_model.model.lin0.lora_A.weight" in get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize("name", ["bias", "weight", "base_layer", "norm"])
+def test_an_adapter_called_like_a_part_of_the_base_keeps_the_bases_keys(mlp, wrap, name):
+    fields = {"target_modules": ["lin0"], "bias": "all", "modules_to_save": ["head"]}
+    model = pylora.get_peft_model(mlp(), pylora.LoraConfig(**fields), adapter_name=name)
+    plain = get_peft_model_state_dict(wrap(pylora, mlp(), **fields))
+    assert set(get_peft_model_state_dict(model, adapter_name=name)) == set(plain)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "bias": "lora_only"}])
+def test_activation_checkpointing_wrappers_leave_no_trace(mlp, wrap, fields):
+    model = wrap(pylora, mlp(), modules_to_save=["head"], **fields)
+    plain, base = get_peft_model_state_dict(model), set(pylora.get_base_model_state_dict(model))
+    inner = model.get_base_model()
+    for child in ("lin0", "head", "norm"):
+        setattr(inner, child, checkpoint_wrapper(getattr(inner, child)))
+    assert_same_tensors(get_peft_model_state_dict(model), plain)
+    assert set(pylora.get_base_model_state_dict(model)) == base
+    new = {key: torch.randn_like(tensor) for key, tensor in plain.items()}
+    assert pylora.set_peft_model_state_dict(model, new).unexpected_keys == []
+    assert_same_tensors(get_peft_model_state_dict(model), new)
 
 
 def test_a_base_module_called_like_a_factor_is_not_taken_for_one(wrap):

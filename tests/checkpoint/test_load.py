@@ -146,6 +146,22 @@ def test_modules_to_save_must_be_there(mlp, wrap):
     assert_same_state(model, before)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [torch.Tensor.to_sparse, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)],
+    ids=["sparse", "int8"],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_tensor_that_cannot_be_copied_is_found_before_any_is(mlp, wrap, spoil):
+    model = wrap(pylora, mlp(), target_modules=["lin0"])
+    good = {"base_model.model.norm.weight": torch.zeros(12), **random_checkpoint(model)}
+    before = snapshot(model)
+    last = next(reversed(good))
+    with pytest.raises(RuntimeError, match="expected a dense tensor"):
+        set_peft_model_state_dict(model, {**good, last: spoil(good[last])})
+    assert_same_state(model, before)
+
+
 def test_other_methods_are_refused(mlp, wrap):
     model = wrap(peft, mlp(), target_modules=["lin0"])
     model.peft_config["default"].peft_type = "IA3"
@@ -205,7 +221,7 @@ class TestFiles:
             load_peft_weights(tmp_path)
         assert not marker.exists()
 
-    @pytest.mark.parametrize("content", [[1, 2], {"a": "text"}, torch.zeros(2)], ids=["list", "text", "tensor"])
+    @pytest.mark.parametrize("content", [[1, 2], {"a": "text"}, torch.zeros(2), {0: torch.zeros(2)}])
     def test_bin_with_something_else(self, tmp_path, content):
         torch.save(content, tmp_path / "adapter_model.bin")
         with pytest.raises(ValueError, match="dictionary of tensors"):
