@@ -32,7 +32,9 @@ def peft_layer(inputs: LoraInputs, dropout_p: float) -> nn.Module | None:
     base = nn.Linear(inputs.weight.shape[1], inputs.weight.shape[0], bias=False, dtype=inputs.weight.dtype)
     base.weight = nn.Parameter(inputs.weight.detach(), requires_grad=False)
     config = LoraConfig(r=RANK, lora_alpha=RANK * inputs.scaling, lora_dropout=dropout_p, target_modules=["0"])
-    layer = LoraModel(nn.Sequential(base), config, "default").model[0]
+    model = LoraModel(nn.Sequential(base), config, "default")
+    model._cast_adapter_dtype(adapter_name="default")  # as get_peft_model does: f32 factors
+    layer = model.model[0]
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(inputs.a)
         layer.lora_B["default"].weight.copy_(inputs.b)

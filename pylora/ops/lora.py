@@ -37,7 +37,7 @@ def lora_linear(
     drop() zeroes each element with probability `dropout_p` (rounded to a multiple of 2**-16) and scales the others so
     that the mean stays; its mask is regenerated in the backward from `rng`, never stored. Differentiable in x, weight,
     bias, a and b, twice as well; the gradients of weight and bias are computed only if they require one. Saved for
-    backward: x, v and `rng`. Forward-mode differentiation and torch.func transforms raise RuntimeError.
+    backward: x, v and `rng`. Forward-mode differentiation and torch.func's gradients raise RuntimeError.
 
     Args:
         x: `[..., in_features]`, float32, bfloat16, float16 or float64, any strides.
