@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pylora import _peft_paths
 from pylora._version import __version__
 
 _EXPORTS = {
@@ -19,12 +20,21 @@ _EXPORTS = {
         "set_peft_model_state_dict",
     ),
     "pylora.config": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "ArrowConfig",
+        "BdLoraConfig",
+        "CordaConfig",
+        "EvaConfig",
+        "KasaConfig",
         "LoftQConfig",
         "LoraConfig",
+        "LoraGAConfig",
         "LoraRuntimeConfig",
+        "MontecloraConfig",
         "PeftConfig",
         "PeftType",
         "TaskType",
+        "VeloraConfig",
     ),
     "pylora.errors": (
         "NoMatchingPeftModuleError",
@@ -33,13 +43,28 @@ _EXPORTS = {
         "PyloraBuildError",
         "UnsupportedFeatureError",
     ),
+    "pylora.model.auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
     "pylora.model.lora_model": ("LoraModel",),
     "pylora.model.mapping": (
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
         "get_peft_config",
         "get_peft_model",
         "inject_adapter_in_model",
     ),
     "pylora.model.peft_model": ("PeftModel",),
+    "pylora.model.preparation": (
+        "cast_mixed_precision_params",
+        "prepare_model_for_kbit_training",
+    ),
     "pylora.model.status": (
         "TunerLayerStatus",
         "TunerModelStatus",
@@ -47,6 +72,7 @@ _EXPORTS = {
         "get_model_status",
     ),
     "pylora.model.task_models": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
         "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering",
@@ -54,7 +80,13 @@ _EXPORTS = {
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
+    "pylora.model.tensors": (
+        "bloom_model_postprocess_past_key_value",
+        "shift_tokens_right",
+    ),
 }
+# Real modules that PEFT has too, reached as attributes without an import of their own.
+_SUBMODULES = ("config", "optimizers")
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]
@@ -65,39 +97,69 @@ if TYPE_CHECKING:  # the same table for type checkers, which cannot read the one
     from pylora.checkpoint import load_peft_weights as load_peft_weights
     from pylora.checkpoint import set_base_model_state_dict as set_base_model_state_dict
     from pylora.checkpoint import set_peft_model_state_dict as set_peft_model_state_dict
+    from pylora.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+    from pylora.config import ArrowConfig as ArrowConfig
+    from pylora.config import BdLoraConfig as BdLoraConfig
+    from pylora.config import CordaConfig as CordaConfig
+    from pylora.config import EvaConfig as EvaConfig
+    from pylora.config import KasaConfig as KasaConfig
     from pylora.config import LoftQConfig as LoftQConfig
     from pylora.config import LoraConfig as LoraConfig
+    from pylora.config import LoraGAConfig as LoraGAConfig
     from pylora.config import LoraRuntimeConfig as LoraRuntimeConfig
+    from pylora.config import MontecloraConfig as MontecloraConfig
     from pylora.config import PeftConfig as PeftConfig
     from pylora.config import PeftType as PeftType
     from pylora.config import TaskType as TaskType
+    from pylora.config import VeloraConfig as VeloraConfig
     from pylora.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
     from pylora.errors import PeftError as PeftError
     from pylora.errors import PeftWarning as PeftWarning
     from pylora.errors import PyloraBuildError as PyloraBuildError
     from pylora.errors import UnsupportedFeatureError as UnsupportedFeatureError
+    from pylora.model.auto import AutoPeftModel as AutoPeftModel
+    from pylora.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from pylora.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from pylora.model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from pylora.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from pylora.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from pylora.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
     from pylora.model.lora_model import LoraModel as LoraModel
+    from pylora.model.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+    from pylora.model.mapping import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING
     from pylora.model.mapping import get_peft_config as get_peft_config
     from pylora.model.mapping import get_peft_model as get_peft_model
     from pylora.model.mapping import inject_adapter_in_model as inject_adapter_in_model
     from pylora.model.peft_model import PeftModel as PeftModel
+    from pylora.model.preparation import cast_mixed_precision_params as cast_mixed_precision_params
+    from pylora.model.preparation import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from pylora.model.status import TunerLayerStatus as TunerLayerStatus
     from pylora.model.status import TunerModelStatus as TunerModelStatus
     from pylora.model.status import get_layer_status as get_layer_status
     from pylora.model.status import get_model_status as get_model_status
+    from pylora.model.task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from pylora.model.task_models import PeftModelForCausalLM as PeftModelForCausalLM
     from pylora.model.task_models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
     from pylora.model.task_models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
     from pylora.model.task_models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from pylora.model.task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from pylora.model.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from pylora.model.tensors import bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value
+    from pylora.model.tensors import shift_tokens_right as shift_tokens_right
+
+_peft_paths.install()
 
 
 def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
-    if module is None:
+    if module is not None:
+        value = getattr(importlib.import_module(module), name)
+    elif name in _SUBMODULES or name in _peft_paths.PATHS:
+        value = importlib.import_module(f"pylora.{name}")
+    elif _peft_paths.belongs_to_other_method(name):
+        raise _peft_paths.refuse_other_method("pylora", name)
+    else:
         raise AttributeError(f"module 'pylora' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
 

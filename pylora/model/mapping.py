@@ -9,12 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from pylora.checkpoint.keys import checked_adapter_name
-from pylora.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from pylora.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType
 from pylora.errors import UnsupportedFeatureError
+from pylora.model.base_tuner import BaseTuner
 from pylora.model.lora_model import LoraModel
 from pylora.model.peft_model import PeftModel, require_lora, warn_if_name_in_prefix
 from pylora.model.task_models import peft_model_class
 from pylora.model.trainable import has_tuner_layers
+
+# PEFT's tables of its methods, for code that looks a tuner or a prefix up by the type of a configuration.
+PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
 
 
 def get_peft_model(

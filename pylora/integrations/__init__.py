@@ -1,0 +1,1 @@
+"""Other libraries, imported on demand."""
