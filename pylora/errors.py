@@ -1,4 +1,4 @@
-"""Exceptions and warnings. The PEFT-named ones have PEFT's base classes: `except` clauses written for it still catch."""
+"""Exceptions and warnings. The PEFT-named ones have PEFT's base classes: an `except` written for it still catches them."""
 
 
 class PeftError(Exception):
