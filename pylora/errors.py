@@ -1,4 +1,4 @@
-"""Exceptions and warnings. The PEFT-named ones have PEFT's base classes: an `except` written for it still catches them."""
+"""Exceptions and warnings. Those named as in PEFT have PEFT's base classes, so `except` clauses written for it work."""
 
 
 class PeftError(Exception):
