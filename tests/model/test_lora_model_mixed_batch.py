@@ -43,10 +43,11 @@ def test_each_row_is_what_its_adapter_gives(model) -> None:
 def test_hooks_are_gone_afterwards(model) -> None:
     ids = torch.arange(4)[None]
     before = model(input_ids=ids).logits
+    hooks = [list(module._forward_pre_hooks) for module in model.modules()]
     run(model, ids, adapter_names=["__base__"])
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         run(model, ids, adapter_names=["__base__"] * 2)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [list(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
