@@ -37,9 +37,23 @@ _HOMES = {
     ),
     "integrations.fsdp": "fsdp_auto_wrap_policy _get_no_split_modules=no_split_modules",
     "layers.base": "LoraLayer VARIANT_KWARG_KEYS",
+    "layers.conv": "Conv1d Conv2d Conv3d _ConvNd",
+    "layers.embedding": "Embedding",
     "layers.linear": "Linear",
     "layers.merging": "check_adapters_to_merge",
     "layers.tuner_layer": "BaseTunerLayer _set_layer_requires_grad=set_layer_requires_grad",
+    "layers.variants.dora": (
+        "DoraConv1dLayer DoraConv1dVariant DoraConv2dLayer DoraConv2dVariant DoraConv3dLayer DoraConv3dVariant "
+        "DoraEmbeddingLayer DoraEmbeddingVariant DoraLinearLayer DoraLinearVariant _DoraConvNdLayer _DoraConvNdVariant"
+    ),
+    "layers.variants.dora_cache": "DoraCaching",
+    "layers.variants.protocol": "LoraVariant",
+    "layers.variants": (
+        "ALoraLinearVariant DoraCaching DoraConv1dLayer DoraConv1dVariant DoraConv2dLayer DoraConv2dVariant "
+        "DoraConv3dLayer DoraConv3dVariant DoraEmbeddingLayer DoraEmbeddingVariant DoraLinearLayer DoraLinearVariant "
+        "LoraVariant calculate_alora_offsets"
+    ),
+    "model.alora": "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
     "model.auto": (
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
         "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
@@ -47,7 +61,12 @@ _HOMES = {
     ),
     "model.aux_wrapper": "AuxiliaryTrainingWrapper",
     "model.base_tuner": "BaseTuner",
+    "model.contexts": "disable_input_dtype_casting rescale_adapter_scale",
     "model.devices": "infer_device",
+    "model.hotswap": (
+        "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
+        "prepare_model_for_compiled_hotswap"
+    ),
     "model.lifecycle": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad _set_adapter=set_adapter",
     "model.lora_model": "LoraModel",
     "model.mapping": (
@@ -110,7 +129,10 @@ _PATHS = {
         "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter "
         "set_peft_model_state_dict set_requires_grad"
     ),
-    "helpers": _HOMES["model.signatures"] + " BaseTunerLayer LoraLayer LoraModel PeftConfig PeftModel",
+    "helpers": (
+        _HOMES["model.signatures"] + " BaseTunerLayer DoraCaching LoraLayer LoraModel PeftConfig PeftModel "
+        "disable_input_dtype_casting rescale_adapter_scale"
+    ),
     "import_utils": _HOMES["integrations.packages"],
     "mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
@@ -127,11 +149,30 @@ _PATHS = {
         "shift_tokens_right"
     ),
     "tuners": _CONFIGS + "LoraModel",
-    "tuners.lora": _CONFIGS + "Linear LoraLayer LoraModel is_bnb_4bit_available is_bnb_available is_eetq_available",
+    "tuners.lora": (
+        _CONFIGS + "Conv2d Conv3d Embedding Linear LoraLayer LoraModel is_bnb_4bit_available is_bnb_available "
+        "is_eetq_available"
+    ),
     "tuners.lora.config": _CONFIGS + "CordaConfig PeftConfig",
-    "tuners.lora.layer": "BaseTunerLayer Linear LoraConfig LoraLayer VARIANT_KWARG_KEYS transpose",
+    "tuners.lora.dora": (
+        "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer _DoraConvNdLayer"
+    ),
+    "tuners.lora.layer": (
+        "BaseTunerLayer Conv1d Conv2d Conv3d Embedding Linear LoraConfig LoraLayer LoraVariant VARIANT_KWARG_KEYS "
+        "_ConvNd transpose"
+    ),
     "tuners.lora.model": (
         "BaseTuner BaseTunerLayer LoraConfig LoraLayer LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "
+    ),
+    "tuners.lora.variants": (
+        "DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant LoraVariant "
+        "_DoraConvNdVariant"
+    ),
+    "tuners.lora.variants": (
+        _HOMES["layers.variants"].replace("DoraCaching ", "")
+        + " "
+        + _HOMES["model.alora"]
+        + " Linear LoraConfig LoraLayer"
     ),
     "tuners.tuners_utils": (
         "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "
@@ -146,6 +187,7 @@ _PATHS = {
         "starcoder_model_postprocess_past_key_value"
     ),
     "utils.error": "NoMatchingPeftModuleError PeftError",
+    "utils.hotswap": _HOMES["model.hotswap"],
     "utils.other": (
         _CONSTANTS + _OTHER + "_get_no_split_modules _get_submodules_with_grandparent _set_layer_requires_grad "
         "fsdp_auto_wrap_policy get_pattern_key"
