@@ -215,13 +215,13 @@ def _warn_about_difference(from_config: list[str], from_state_dict: list[str]) -
         return
     message = (
         "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
-        "state_dict. This is not necessarily an issue and can be ignored if this was the intent. The state_dict wins."
+        "state_dict. This is not necessarily an issue and can be ignored if this was the intent."
     )
     if only_config:
         message += f" The PEFT config contained these additional target modules: {only_config}."
     if only_state_dict:
         message += f" The state_dict contained these additional target modules: {only_state_dict}."
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{message} The state_dict decides.", RuntimeWarning, stacklevel=3)
 
 
 def _warn_about_unused_settings(
