@@ -55,7 +55,10 @@ def plot_losses(path: Path, losses: Sequence[float], held_out: tuple[float, floa
     axes.plot((0, len(losses)), held_out, "o", color="tab:orange", markersize=8, label="held-out text")
     for step, loss, place in zip((0, len(losses)), held_out, ("left", "right"), strict=True):
         label = f"{loss:.2f}, perplexity {math.exp(loss):.1f}"
-        axes.annotate(label, (step, loss), (0, 9), textcoords="offset points", ha=place, color="tab:orange")
+        backing = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        axes.annotate(
+            label, (step, loss), (0, 10), textcoords="offset points", ha=place, color="tab:orange", bbox=backing
+        )
     axes.set(title=title, xlabel="optimiser step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -46,6 +46,7 @@ def test_help_names_every_option(demo_folder):
         assert option in done.stdout
 
 
+@pytest.mark.slow
 def test_the_last_line_has_the_promised_form(finished):
     match = re.fullmatch(LAST_LINE, finished[1].stdout.splitlines()[-1])
     assert match
@@ -55,20 +56,24 @@ def test_the_last_line_has_the_promised_form(finished):
     assert difference <= 1e-3
 
 
+@pytest.mark.slow
 def test_nothing_is_written_to_stderr(finished):
     assert finished[1].stderr == ""
 
 
+@pytest.mark.slow
 def test_every_stage_is_reported(finished):
     text = finished[1].stdout
     for words in ("reference of Python", "parameters are trained", "loss", "without the adapter", "max |dlogit|"):
         assert words in text
 
 
+@pytest.mark.slow
 def test_the_loss_curve_is_a_png(finished):
     assert (finished[0] / "loss_curve.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_is_one_that_peft_loads(finished, tiny_llama):
     from peft import PeftModel
 
