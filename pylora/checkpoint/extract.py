@@ -105,8 +105,8 @@ def _warn_about_shards(found: Mapping[str, Tensor], adapter_name: str) -> None:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         warnings.warn(
             f"Adapter {adapter_name!r}: {len(bad)} LoRA tensor(s) have invalid shape, expected matrices, got "
-            f"{', '.join(bad[:3])}{more}. These may be DeepSpeed ZeRO-3 / FSDP shards: gather the parameters before saving "
-            "(deepspeed.zero.GatheredParameters, FullyShardedDataParallel.summon_full_params).",
+            f"{', '.join(bad[:3])}{more}. These may be DeepSpeed ZeRO-3 / FSDP shards: gather the parameters "
+            "before saving (deepspeed.zero.GatheredParameters, FullyShardedDataParallel.summon_full_params).",
             PeftWarning,
             stacklevel=2,
         )
