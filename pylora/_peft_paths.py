@@ -42,17 +42,13 @@ _HOMES = {
     "layers.linear": "Linear",
     "layers.merging": "check_adapters_to_merge",
     "layers.tuner_layer": "BaseTunerLayer _set_layer_requires_grad=set_layer_requires_grad",
+    "layers.variants.alora": "ALoraLinearVariant calculate_alora_offsets",
     "layers.variants.dora": (
         "DoraConv1dLayer DoraConv1dVariant DoraConv2dLayer DoraConv2dVariant DoraConv3dLayer DoraConv3dVariant "
         "DoraEmbeddingLayer DoraEmbeddingVariant DoraLinearLayer DoraLinearVariant _DoraConvNdLayer _DoraConvNdVariant"
     ),
     "layers.variants.dora_cache": "DoraCaching",
     "layers.variants.protocol": "LoraVariant",
-    "layers.variants": (
-        "ALoraLinearVariant DoraCaching DoraConv1dLayer DoraConv1dVariant DoraConv2dLayer DoraConv2dVariant "
-        "DoraConv3dLayer DoraConv3dVariant DoraEmbeddingLayer DoraEmbeddingVariant DoraLinearLayer DoraLinearVariant "
-        "LoraVariant calculate_alora_offsets"
-    ),
     "model.alora": "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
     "model.auto": (
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
@@ -165,14 +161,10 @@ _PATHS = {
         "BaseTuner BaseTunerLayer LoraConfig LoraLayer LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "
     ),
     "tuners.lora.variants": (
+        "ALoraLinearVariant calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate "
+        "is_alora_relevant_in_batch "
         "DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant LoraVariant "
         "_DoraConvNdVariant"
-    ),
-    "tuners.lora.variants": (
-        _HOMES["layers.variants"].replace("DoraCaching ", "")
-        + " "
-        + _HOMES["model.alora"]
-        + " Linear LoraConfig LoraLayer"
     ),
     "tuners.tuners_utils": (
         "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "

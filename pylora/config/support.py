@@ -32,7 +32,6 @@ _MISSING: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("megatron_config", bool),
     ("trainable_token_indices", _given),
     ("velora_config", _given),
-    ("alora_invocation_tokens", bool),
     ("use_qalora", bool),
     ("monteclora_config", _given),
     ("layer_replication", bool),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from abc import ABC
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from pylora.config import PeftConfig
-from pylora.errors import UnsupportedFeatureError
 from pylora.layers import BaseTunerLayer, tuner_layers, walk
 from pylora.model import lifecycle
+from pylora.model.alora import alora_offsets_passed
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
 from pylora.model.inject import Injection
 from pylora.model.mixed_batch import adapter_names_passed
@@ -309,10 +309,12 @@ class BaseTuner(nn.Module, ABC):
         """Whether the adapter can be rewritten as plain LoRA on every layer."""
         return all(layer.supports_lora_conversion(adapter_name) for layer in tuner_layers(self.model))
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        """The context for a forward or generate with these arguments: it passes `adapter_names` to the layers."""
-        if kwargs.get("alora_offsets") is not None:
-            raise UnsupportedFeatureError("forward: alora_offsets: pylora has no mechanism for this yet")
-        return adapter_names_passed(
-            self.model, self.training, kwargs.get("adapter_names"), num_beams=kwargs.get("num_beams")
-        )
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """The context for a forward or generate with these arguments: it passes layers what is meant for adapters."""
+        num_beams = kwargs.get("num_beams")
+        with (
+            alora_offsets_passed(self.model, kwargs.get("alora_offsets"), num_beams=num_beams),
+            adapter_names_passed(self.model, self.training, kwargs.get("adapter_names"), num_beams=num_beams),
+        ):
+            yield

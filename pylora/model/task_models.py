@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from pylora.config import PeftConfig
+from pylora.model.alora import get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from pylora.model.peft_model import PeftModel
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
@@ -117,9 +118,9 @@ class PeftModelForCausalLM(_GenerativeModel):
         task_ids: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward pass with the active adapters."""
+        """The base model's forward pass with the active adapters; an aLoRA adapter from its invocation on."""
         return self._call(
-            kwargs,
+            get_alora_offsets_for_forward(self, input_ids, inputs_embeds, **kwargs),
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -128,6 +129,10 @@ class PeftModelForCausalLM(_GenerativeModel):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate` with the active adapters; an aLoRA adapter from its invocation on."""
+        return super().generate(*args, **get_alora_offsets_for_generate(self, *args, **kwargs))
 
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The arguments of the next decoding step. The model works out `cache_position` for itself."""

@@ -22,7 +22,7 @@ SUPPORTED = [
     {"runtime_config": pc.LoraRuntimeConfig(ephemeral_gpu_offload=True)},
     {"megatron_core": "other"},
     {"target_parameters": []},
-    {"alora_invocation_tokens": [], "task_type": "CAUSAL_LM"},
+    *({"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"} for tokens in ([], [1, 2])),
     {"qalora_group_size": 4},
 ]
 
@@ -38,7 +38,6 @@ UNSUPPORTED = {
     "megatron_config": [{"a": 1}],
     "trainable_token_indices": [[1], {"embed": [1]}, []],
     "velora_config": [pc.VeloraConfig()],
-    "alora_invocation_tokens": [[1, 2]],
     "use_qalora": [True],
     "monteclora_config": [pc.MontecloraConfig()],
     "layer_replication": [[(0, 1)]],

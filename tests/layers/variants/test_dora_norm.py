@@ -1,0 +1,114 @@
+"""The row norms of W + s·B·A from the factors, against the norms of the matrix itself in f64."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pylora.layers.variants import dora_norm
+from pylora.layers.variants.dora_norm import row_norms
+
+
+def direct(weight, a, b, scaling):
+    return (weight.double() + scaling * (b.double() @ a.double())).norm(dim=1)
+
+
+def factors(out_features, in_features, rank=4, dtype=torch.float32):
+    return (
+        torch.randn(out_features, in_features).to(dtype),
+        torch.randn(rank, in_features) / math.sqrt(in_features),
+        torch.randn(out_features, rank),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 300), (300, 7), (64, 1000)], ids=str)
+@pytest.mark.parametrize("scaling", [0.0, -1.5, 0.25])
+def test_as_of_the_whole_matrix(dtype, shape, scaling):
+    weight, a, b = factors(*shape, dtype=dtype)
+    norms = row_norms(weight, a, b, scaling)
+    assert norms.dtype == torch.float64
+    assert_close(norms, direct(weight, a, b, scaling), rtol=1e-6, atol=1e-9)
+
+
+def test_any_strides_and_blocks(monkeypatch):
+    weight, a, b = factors(50, 40)
+    expected = direct(weight, a, b, 2.0)
+    for elements in (1, 120, 1 << 22):
+        monkeypatch.setattr(dora_norm, "_BLOCK_ELEMENTS", elements)
+        for view in (weight, weight.t().contiguous().t(), torch.cat([weight, weight], 1)[:, :40]):
+            assert_close(row_norms(view, a, b, 2.0), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-6, 1e-3, 3e-2])
+def test_rows_that_cancel(left):
+    """B·A takes all but a share `left` of some rows of W away."""
+    torch.manual_seed(1)
+    a = torch.randn(4, 200)
+    b = torch.randn(30, 4)
+    weight = -(b @ a)
+    weight[::3] += torch.randn(10, 200) * 5
+    weight[1::3] += left * torch.randn(10, 200)
+    expected = direct(weight, a, b, 1.0)
+    assert_close(row_norms(weight, a, b, 1.0), expected, rtol=5e-5, atol=1e-12)
+
+
+def test_rows_of_zeros():
+    _, a, b = factors(3, 5)
+    b[1] = 0
+    assert row_norms(torch.zeros(3, 5), a, b, 1.0)[1] == 0
+
+
+def test_scaling_may_be_a_tensor():
+    weight, a, b = factors(6, 5)
+    assert_close(row_norms(weight, a, b, torch.tensor(0.5)), row_norms(weight, a, b, 0.5))
+
+
+def test_no_gradient_and_no_autocast():
+    weight, a, b = (tensor.requires_grad_() for tensor in factors(6, 50))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        norms = row_norms(weight, a, b, 1.0)
+    assert not norms.requires_grad
+    assert_close(norms, direct(weight, a, b, 1.0).detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("on_meta", [0, 1, 2])
+def test_meta(on_meta):
+    tensors = list(factors(6, 5))
+    tensors[on_meta] = tensors[on_meta].to("meta")
+    norms = row_norms(*tensors, 1.0)
+    assert norms.is_meta
+    assert norms.shape == (6,)
+
+
+class _Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.data_ptr() not in _pointers(args):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def _pointers(args):
+    return {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_the_weight_s_size_is_made(monkeypatch, dtype):
+    monkeypatch.setattr(dora_norm, "_BLOCK_ELEMENTS", 1024)
+    weight, a, b = factors(256, 256, dtype=dtype)
+    with _Largest() as largest:
+        row_norms(weight, a, b, 1.0)
+    assert 0 < largest.elements <= 1024
+
+
+def test_no_elements():
+    assert row_norms(torch.zeros(0, 4), torch.zeros(2, 4), torch.zeros(0, 2), 1.0).shape == (0,)
