@@ -35,7 +35,6 @@ _MISSING: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("use_qalora", bool),
     ("monteclora_config", _given),
     ("layer_replication", bool),
-    ("target_parameters", bool),
     ("use_bdlora", _given),
     ("arrow_config", _given),
     ("kasa_config", _given),

@@ -56,6 +56,8 @@ class BaseWeight(Protocol):
 class DenseBaseWeight:
     """A plain floating-point tensor, stored as [out, in], or as [in, out] when `transposed` (Conv1D).
 
+    A stack of such matrices, [n, out, in] or [n, in, out], is seen as [n, out, in].
+
     Args:
         layer: The base layer.
         transposed: How it stores its weight.
@@ -76,7 +78,7 @@ class DenseBaseWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self._tensor.shape
+        rows, columns = self._tensor.shape[-2:]
         return (columns, rows) if self._transposed else (rows, columns)
 
     @property
@@ -87,12 +89,12 @@ class DenseBaseWeight:
         return as_it_will_be(self._tensor, self.as_matrix(self._tensor.detach()))
 
     def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.t() if self._transposed else tensor
+        return tensor.mT if self._transposed else tensor
 
     def write(self, value: torch.Tensor) -> None:
         # In place, so that a tied weight stays tied; through the tensor itself, so that its version counter moves.
         with torch.no_grad():
-            self._tensor.copy_(value.t() if self._transposed else value)
+            self._tensor.copy_(value.mT if self._transposed else value)
 
 
 class ConvBaseWeight(DenseBaseWeight):

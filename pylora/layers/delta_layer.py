@@ -25,11 +25,11 @@ def _merged_key(adapter_name: str) -> str:
     return f"merged_delta.{adapter_name}"
 
 
-def _forbid_shortcuts(*_: Any) -> None:
-    """Never called, as a ModuleDict has no forward.
+class AdaptedWeight(torch.Tensor):
+    """A base weight that is not the whole story: adapters add to it.
 
-    `nn.TransformerEncoderLayer` in eval mode computes from the weights of its children, which would leave the adapters
-    out, unless it finds a hook on any module inside it.
+    `nn.TransformerEncoder` and its layers compute from the weights of the modules inside them without calling these,
+    unless one of the weights is of a type with `__torch_function__`, as this one is.
     """
 
 
@@ -43,7 +43,21 @@ class DeltaLayer(nn.Module, LoraLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
-        self.lora_dropout.register_forward_pre_hook(_forbid_shortcuts)
+        # Whether the module around this one may compute from `weight` instead of calling it.
+        self._parent_reads_weight = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's weight; as an `AdaptedWeight` where that keeps adapters from being passed over."""
+        base: Any = self.get_base_layer()
+        weight = base.qweight if hasattr(base, "qweight") else base.weight
+        return weight.as_subclass(AdaptedWeight) if self._parent_reads_weight and self._in_effect() else weight
+
+    def _in_effect(self) -> list[str]:
+        """The adapters that the forward adds."""
+        if self._disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if self._has_adapter(name)]
 
     def _adapter_output(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the base layer's output for x, in any floating dtype."""

@@ -90,7 +90,8 @@ def wide_copy(tensor: torch.Tensor) -> torch.Tensor:
 def _add_product(total: torch.Tensor, delta: Delta, sign: float) -> None:
     a = delta.a.to(device=total.device, dtype=total.dtype)
     b = delta.b.to(device=total.device, dtype=total.dtype)
-    total.addmm_(b, a, alpha=sign * float(delta.scaling))
+    add = total.addmm_ if total.dim() == 2 else total.baddbmm_
+    add(b, a, alpha=sign * float(delta.scaling))
 
 
 def add_delta(total: torch.Tensor, delta: Delta) -> None:

@@ -129,7 +129,7 @@ class BaseTuner(nn.Module, ABC):
         """
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
-        names = Injection(
+        targets = Injection(
             model=model,
             config=config,
             adapter_name=adapter_name,
@@ -137,8 +137,8 @@ class BaseTuner(nn.Module, ABC):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict_keys=None if state_dict is None else list(state_dict),
         ).run()
-        known = set(self.targeted_module_names)
-        self.targeted_module_names.extend(name for name in names if name not in known)
+        _extend_unique(self.targeted_module_names, targets.names)
+        _extend_unique(self.targeted_parameter_names, [target.key for target in targets.parameters])
         self.active_adapter = list(self.active_adapters)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
@@ -278,17 +278,15 @@ class BaseTuner(nn.Module, ABC):
         if merge:
             self._check_merge_allowed()
             self._check_merge(tuner_layers(self.model), safe_merge, adapter_names)
-        visits: Iterable[Any] = [
-            visit
-            for visit in walk(self.model, enter_tuner_layers=False)
-            if isinstance(visit.module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        ]
+        sites = _wrappers(self.model)
+        progress = None
         if progressbar:
             from tqdm import tqdm
 
-            visits = tqdm(visits, desc=f"Unloading {'and merging ' if merge else ''}model")
-        for _, module, parent, child_name in visits:
-            if isinstance(module, AuxiliaryTrainingWrapper):
+            progress = tqdm(total=len(sites), desc=f"Unloading {'and merging ' if merge else ''}model")
+        while sites:
+            _, module, parent, child_name = sites.pop()
+            if hasattr(module, "unload_and_optionally_merge_module"):
                 replacement = module.unload_and_optionally_merge_module(
                     merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
                 )
@@ -297,6 +295,9 @@ class BaseTuner(nn.Module, ABC):
                     module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 replacement = module.get_base_layer()
             setattr(parent, child_name, replacement)
+            sites.extend(_wrappers(replacement))
+            if progress is not None:
+                progress.update()
 
         # A model that is wrapped again later must not be taken for one that has adapters.
         if hasattr(self.model, "peft_config"):
@@ -318,3 +319,15 @@ class BaseTuner(nn.Module, ABC):
             adapter_names_passed(self.model, self.training, kwargs.get("adapter_names"), num_beams=num_beams),
         ):
             yield
+
+
+def _wrappers(root: nn.Module) -> list[Any]:
+    """The outermost tuner layers and wrappers of whole modules in `root`, the first one last."""
+    visits = walk(root, enter_tuner_layers=False)
+    found = [visit for visit in visits if isinstance(visit.module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return found[::-1]
+
+
+def _extend_unique(names: list[str], new: Iterable[str]) -> None:
+    known = set(names)
+    names.extend(name for name in new if name not in known)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from pylora.config import pattern_value, require_supported
 from pylora.init import base_updates_at_end, find_init
-from pylora.layers import BaseTunerLayer, LoraLayer, create_layer, find_factory, tuner_layers, walk
+from pylora.layers import BaseTunerLayer, LoraLayer, ParamWrapper, create_layer, find_factory, tuner_layers, walk
 from pylora.model.lifecycle import unmerge_before_switch
 from pylora.model.modules_to_save import set_trainable
 from pylora.model.trainable import check_bias, has_tuner_layers, mark_only_adapters_as_trainable
-from pylora.targeting.resolve import resolve_targets
+from pylora.targeting.parameters import ParameterTarget
+from pylora.targeting.resolve import ResolvedTargets, resolve_targets
 
 _ABSENT = object()
 
@@ -61,11 +62,11 @@ class Injection:
     low_cpu_mem_usage: bool = False
     state_dict_keys: Iterable[str] | None = None
 
-    def run(self) -> list[str]:
+    def run(self) -> ResolvedTargets:
         """Do it, or raise and leave everything as it was.
 
         Returns:
-            Names of the adapted modules.
+            What is adapted.
         """
         self._check()
         first = not has_tuner_layers(self.model)
@@ -86,11 +87,13 @@ class Injection:
                 with torch.device("meta") if self.low_cpu_mem_usage else nullcontext():
                     for name, module in targets.modules.items():
                         self._adapt(name, module, journal)
+                    for target in targets.parameters:
+                        self._adapt_parameter(target, journal)
                 self._set_flags(journal, first)
         except BaseException:
             journal.revert()
             raise
-        return targets.names
+        return targets
 
     def _check(self) -> None:
         require_supported(self.config)
@@ -109,27 +112,59 @@ class Injection:
         journal.add(revert)
 
     def _adapt(self, name: str, module: nn.Module, journal: Journal) -> None:
-        config = self.config
-        rank = pattern_value(config.rank_pattern, name, config.r)
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
         if isinstance(module, LoraLayer):
-            journal.add(_adapter_restorer(module, self.adapter_name))
-            module.update_layer(self.adapter_name, rank, lora_alpha=alpha, config=config, target_name=name)
+            self._extend(module, name, journal)
             return
-        offload = config.runtime_config.ephemeral_gpu_offload
-        layer = create_layer(
-            module,
-            self.adapter_name,
-            config,
-            r=rank,
-            lora_alpha=alpha,
-            target_name=name,
-            ephemeral_gpu_offload=offload,
-        )
         parent_name, _, child_name = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
+        if isinstance(parent, BaseTunerLayer):
+            return  # The output projection of an attention that is a target itself, which adapts both.
+        layer: Any = create_layer(
+            module,
+            self.adapter_name,
+            self.config,
+            **self._rank_and_alpha(name),
+            target_name=name,
+            ephemeral_gpu_offload=self.config.runtime_config.ephemeral_gpu_offload,
+        )
+        layer._parent_reads_weight = isinstance(parent, nn.TransformerEncoderLayer)
+        journal.add(lambda: setattr(parent, child_name, _unloaded(layer)))
         setattr(parent, child_name, layer)
-        journal.add(lambda: setattr(parent, child_name, module))
+
+    def _adapt_parameter(self, target: ParameterTarget, journal: Journal) -> None:
+        """Extend the wrapper of this parameter, or put a new one around its module and what wraps that already."""
+        parent: Any = self.model
+        *path, child_name = target.module_name.split(".")
+        for part in path:
+            parent = parent._modules[part]
+            parent = parent.get_base_layer() if isinstance(parent, BaseTunerLayer) else parent
+        outermost = module = parent._modules[child_name]
+        while isinstance(module, ParamWrapper):
+            if module.parameter_name == target.parameter_name:
+                self._extend(module, target.key, journal)
+                return
+            module = module.base_layer
+        wrapper = ParamWrapper(
+            outermost,
+            self.adapter_name,
+            target.parameter_name,
+            config=self.config,
+            **self._rank_and_alpha(target.key),
+        )
+        journal.add(lambda: setattr(parent, child_name, outermost))
+        setattr(parent, child_name, wrapper)
+
+    def _extend(self, layer: LoraLayer, name: str, journal: Journal) -> None:
+        for each in tuner_layers(cast(nn.Module, layer)):
+            journal.add(_adapter_restorer(each, self.adapter_name))
+        layer.update_layer(self.adapter_name, config=self.config, **self._rank_and_alpha(name), target_name=name)
+
+    def _rank_and_alpha(self, name: str) -> dict[str, Any]:
+        config = self.config
+        return {
+            "r": pattern_value(config.rank_pattern, name, config.r),
+            "lora_alpha": pattern_value(config.alpha_pattern, name, config.lora_alpha),
+        }
 
     def _set_flags(self, journal: Journal, first: bool) -> None:
         """Activate, and settle what trains. A further adapter changes no flag of what was there before."""
@@ -162,6 +197,13 @@ class Injection:
             activate_adapter=is_active,
             on_change=journal.add,
         )
+
+
+def _unloaded(layer: Any) -> nn.Module:
+    """The module that `layer` wraps, as it was before."""
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        return layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+    return layer.get_base_layer()
 
 
 def _flag_restorer(model: nn.Module) -> Callable[[], None]:

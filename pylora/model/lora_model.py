@@ -54,3 +54,16 @@ class LoraModel(BaseTuner):
         super()._check_merge_allowed()
         if getattr(self.model, "quantization_method", None) == "gptq":
             raise ValueError("Cannot merge LORA layers when the model is gptq quantized")
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        targets = set(getattr(config, "target_parameters", None) or ())
+        for name, other in self.peft_config.items():
+            others = set(getattr(other, "target_parameters", None) or ())
+            if targets and others and targets != others:
+                # Wrappers of several parameters nest, and the checkpoint's keys tell them apart by their depth alone.
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(targets)} for the new adapter and {sorted(others)} for adapter "
+                    f"'{name}'."
+                )
+

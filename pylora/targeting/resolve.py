@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,7 @@ from pylora.targeting.defaults import (
 from pylora.targeting.explain import explain_no_match
 from pylora.targeting.match import Match, TargetMatcher
 from pylora.targeting.model_info import config_value, is_tuner_layer
+from pylora.targeting.parameters import ParameterTarget, resolve_parameters
 from pylora.targeting.suffixes import find_minimal_target_modules
 from pylora.targeting.tied import warn_about_tied_targets
 
@@ -37,10 +38,12 @@ class ResolvedTargets:
             tuner layer itself, to be extended.
         target_modules: What the configuration's `target_modules` becomes and what is saved: the architecture's default
             for None, the linear layers' names for "all-linear", the shortest equivalent for a long list.
+        parameters: What `target_parameters` selects, in the order in which wrappers nest.
     """
 
     modules: dict[str, nn.Module]
     target_modules: set[str] | list[str] | str | None
+    parameters: list[ParameterTarget] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -71,15 +74,21 @@ def resolve_targets(
             belong to are selected, whatever the configuration says; a difference is warned about.
 
     Raises:
-        ValueError: `target_modules` is None and the architecture has no default; or an architecture that bypasses an
-            adapter at this place (Mamba's `out_proj` and `conv1d`).
+        ValueError: `target_modules` is None and the architecture has no default; an architecture that bypasses an
+            adapter at this place (Mamba's `out_proj` and `conv1d`); a target parameter that cannot be wrapped; or
+            `target_parameters` beside `state_dict_keys`.
         NoMatchingPeftModuleError: nothing is selected. The message says why and names similar modules.
 
     Warns:
         UserWarning: `exclude_modules` excludes nothing; or one side of a tied weight is selected.
-        RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches no selected module; or `state_dict_keys` and
-            the configuration select differently.
+        RuntimeWarning: a key of `rank_pattern` or `alpha_pattern` matches nothing selected; one of `target_modules` and
+            `target_parameters` selects nothing; or `state_dict_keys` and the configuration select differently.
     """
+    if config.target_parameters and state_dict_keys is not None:
+        raise ValueError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
+            "not supported: the keys do not name the parameters. Please inject the adapter without the state_dict."
+        )
     warn_about_tied_targets(model, config)
     target_modules = _requested_targets(model, config)
     if target_modules == DUMMY_TARGET_MODULES:
@@ -100,12 +109,17 @@ def resolve_targets(
         _warn_about_difference(selected, from_state_dict)
         selected = from_state_dict
 
-    if not selected and not config.target_parameters:
+    parameters = []
+    if config.target_parameters:
+        parameters = resolve_parameters(model, config.target_parameters, selected, is_tuner_layer)
+    if not selected and not parameters:
         raise NoMatchingPeftModuleError(_empty_result_message(config, target_modules, matcher, verdicts))
     _refuse_mamba_internals(model, selected)
-    _warn_about_unused_settings(config, verdicts, selected, state_dict_keys is not None)
+    adapted = [*selected, *(target.key for target in parameters)]
+    _warn_about_unused_settings(config, verdicts, adapted, state_dict_keys is not None)
+    _warn_about_unmatched_targets(config, target_modules, selected, parameters)
     by_name = dict(visible)
-    return ResolvedTargets({name: by_name[name] for name in selected}, target_modules)
+    return ResolvedTargets({name: by_name[name] for name in selected}, target_modules, parameters)
 
 
 def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
@@ -234,12 +248,29 @@ def _warn_about_unused_settings(
             "Please check that exclude_modules was set correctly.",
             stacklevel=3,
         )
-    for field in ("rank_pattern", "alpha_pattern"):
-        keys = getattr(config, field) or ()
+    for setting in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, setting) or ()
         unused = sorted(key for key in keys if not any(matches_pattern(key, name) for name in selected))
         if unused:
             warnings.warn(
-                f"The following {field} keys did not match any targeted module and were ignored: {unused}.",
+                f"The following {setting} keys did not match any targeted module and were ignored: {unused}.",
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def _warn_about_unmatched_targets(
+    config: Any, target_modules: Any, selected: list[str], parameters: list[ParameterTarget]
+) -> None:
+    if config.exclude_modules:
+        return
+    if target_modules and not selected:
+        warnings.warn(
+            f"target_modules={target_modules} were set but no module was matched.", RuntimeWarning, stacklevel=3
+        )
+    elif config.target_parameters and not parameters:
+        warnings.warn(
+            f"target_parameters={config.target_parameters} were set but no parameter was matched.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

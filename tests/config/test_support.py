@@ -22,6 +22,7 @@ SUPPORTED = [
     {"runtime_config": pc.LoraRuntimeConfig(ephemeral_gpu_offload=True)},
     {"megatron_core": "other"},
     {"target_parameters": []},
+    {"target_parameters": ["experts.w"]},
     *({"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"} for tokens in ([], [1, 2])),
     {"qalora_group_size": 4},
 ]
@@ -41,7 +42,6 @@ UNSUPPORTED = {
     "use_qalora": [True],
     "monteclora_config": [pc.MontecloraConfig()],
     "layer_replication": [[(0, 1)]],
-    "target_parameters": [["experts.w"]],
     "use_bdlora": [pc.BdLoraConfig()],
     "arrow_config": [pc.ArrowConfig()],
     "kasa_config": [pc.KasaConfig()],
