@@ -84,6 +84,7 @@ _EXPORTS = {
         "bloom_model_postprocess_past_key_value",
         "shift_tokens_right",
     ),
+    "pylora.targeting.kappa": ("find_kappa_target_modules",),
 }
 # Real modules that PEFT has too, reached as attributes without an import of their own.
 _SUBMODULES = ("config", "optimizers")
@@ -146,6 +147,7 @@ if TYPE_CHECKING:  # the same table for type checkers, which cannot read the one
     from pylora.model.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from pylora.model.tensors import bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value
     from pylora.model.tensors import shift_tokens_right as shift_tokens_right
+    from pylora.targeting.kappa import find_kappa_target_modules as find_kappa_target_modules
 
 _peft_paths.install()
 

@@ -91,9 +91,11 @@ _HOMES = {
         "DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
         "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
     ),
+    "targeting.kappa": "KappaTuneSelector find_kappa_target_modules",
     "targeting.match": "check_target_module_exists",
     "targeting.resolve": "inspect_matched_modules _maybe_include_all_linear_layers=maybe_include_all_linear_layers",
     "targeting.suffixes": "_find_minimal_target_modules=find_minimal_target_modules",
+    "targeting.tied": "_get_module_names_tied_with_embedding=module_names_tied_with_embedding",
 }
 
 _CONFIGS = (
@@ -126,8 +128,8 @@ _PATHS = {
         "set_peft_model_state_dict set_requires_grad"
     ),
     "helpers": (
-        _HOMES["model.signatures"] + " BaseTunerLayer DoraCaching LoraLayer LoraModel PeftConfig PeftModel "
-        "disable_input_dtype_casting rescale_adapter_scale"
+        _HOMES["model.signatures"] + " BaseTunerLayer DoraCaching KappaTuneSelector LoraLayer LoraModel PeftConfig "
+        "PeftModel disable_input_dtype_casting find_kappa_target_modules rescale_adapter_scale"
     ),
     "import_utils": _HOMES["integrations.packages"],
     "mapping": (
@@ -181,7 +183,10 @@ _PATHS = {
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": _HOMES["model.hotswap"],
     "utils.other": (
-        _CONSTANTS + _OTHER + "_get_no_split_modules _get_submodules_with_grandparent _set_layer_requires_grad "
+        _CONSTANTS
+        + _OTHER
+        + "_get_module_names_tied_with_embedding _get_no_split_modules _get_submodules_with_grandparent "
+        "_set_layer_requires_grad "
         "fsdp_auto_wrap_policy get_pattern_key"
     ),
     "utils.peft_types": "PeftType TaskType",

@@ -17,7 +17,6 @@ from pylora import _peft_paths
 NOT_YET = {
     "convert_to_lora",
     "create_arrow_model",
-    "find_kappa_target_modules",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "preprocess_loraga",
