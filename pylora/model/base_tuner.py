@@ -20,6 +20,7 @@ from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
 from pylora.model.inject import Injection
 from pylora.model.mixed_batch import adapter_names_passed
 from pylora.model.tied import record_broken_tie, tied_target_modules, warn_tied_merge
+from pylora.targeting.tied import module_names_tied_with_embedding
 
 _NO_CONFIG = {"model_type": "custom"}
 
@@ -209,6 +210,9 @@ class BaseTuner(nn.Module, ABC):
     def _check_merge_allowed(self) -> None:
         """Raise ValueError when adapters cannot be merged into this model; warn when they change a tied weight."""
         warn_tied_merge(self._get_tied_target_modules(self.model))
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return module_names_tied_with_embedding(self.model)
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return tied_target_modules(self.get_model_config(model), self.targeted_module_names)
