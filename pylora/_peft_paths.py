@@ -36,11 +36,13 @@ _HOMES = {
         "is_xpu_available"
     ),
     "integrations.fsdp": "fsdp_auto_wrap_policy _get_no_split_modules=no_split_modules",
+    "layers.attention": "MultiheadAttention",
     "layers.base": "LoraLayer VARIANT_KWARG_KEYS",
     "layers.conv": "Conv1d Conv2d Conv3d _ConvNd",
     "layers.embedding": "Embedding",
     "layers.linear": "Linear",
     "layers.merging": "check_adapters_to_merge",
+    "layers.parameter": "ParamWrapper",
     "layers.tuner_layer": "BaseTunerLayer _set_layer_requires_grad=set_layer_requires_grad",
     "layers.variants.alora": "ALoraLinearVariant calculate_alora_offsets",
     "layers.variants.dora": (
@@ -148,16 +150,16 @@ _PATHS = {
     ),
     "tuners": _CONFIGS + "LoraModel",
     "tuners.lora": (
-        _CONFIGS + "Conv2d Conv3d Embedding Linear LoraLayer LoraModel is_bnb_4bit_available is_bnb_available "
-        "is_eetq_available"
+        _CONFIGS + "Conv2d Conv3d Embedding Linear LoraLayer LoraModel ParamWrapper is_bnb_4bit_available "
+        "is_bnb_available is_eetq_available"
     ),
     "tuners.lora.config": _CONFIGS + "CordaConfig PeftConfig",
     "tuners.lora.dora": (
         "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer _DoraConvNdLayer"
     ),
     "tuners.lora.layer": (
-        "BaseTunerLayer Conv1d Conv2d Conv3d Embedding Linear LoraConfig LoraLayer LoraVariant VARIANT_KWARG_KEYS "
-        "_ConvNd transpose"
+        "BaseTunerLayer Conv1d Conv2d Conv3d Embedding Linear LoraConfig LoraLayer LoraVariant MultiheadAttention "
+        "ParamWrapper VARIANT_KWARG_KEYS _ConvNd transpose"
     ),
     "tuners.lora.model": (
         "BaseTuner BaseTunerLayer LoraConfig LoraLayer LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "
