@@ -39,7 +39,6 @@ _MISSING: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("arrow_config", _given),
     ("kasa_config", _given),
     ("ensure_weight_tying", bool),
-    ("_custom_modules", bool),
 )
 
 

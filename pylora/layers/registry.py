@@ -32,13 +32,20 @@ def register_layer(display_name: str, matches: Matcher) -> Callable[[F], F]:
     return register
 
 
-def find_factory(target: nn.Module) -> LayerFactory:
+def find_factory(target: nn.Module, config: Any = None) -> LayerFactory:
     """The factory for `target`, which may itself be a tuner layer.
+
+    Args:
+        target: The module.
+        config: The adapter's LoraConfig. The classes registered on it come before pylora's own.
 
     Raises:
         ValueError: pylora has no layer for this kind of module.
     """
     module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    for module_class, layer_class in (getattr(config, "_custom_modules", None) or {}).items():
+        if isinstance(module, module_class):
+            return layer_class
     for _, matches, factory in _FACTORIES:
         if matches(module):
             return factory
@@ -60,4 +67,4 @@ def create_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: An
     Raises:
         ValueError: The kind of module, or the configuration on it, is not supported.
     """
-    return find_factory(target)(target, adapter_name, config=config, **kwargs)
+    return find_factory(target, config)(target, adapter_name, config=config, **kwargs)

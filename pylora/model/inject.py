@@ -77,7 +77,8 @@ class Injection:
             state_dict_keys=self.state_dict_keys,
         )
         for module in targets.modules.values():
-            find_factory(module)
+            if not isinstance(module, LoraLayer):
+                find_factory(module, self.config)
         journal = Journal()
         try:
             self._record_config(journal)

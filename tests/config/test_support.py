@@ -63,15 +63,8 @@ def test_unsupported_is_refused_by_name_and_value(field, value):
     assert isinstance(caught.value, (PeftError, ValueError))
 
 
-def test_custom_modules_are_refused():
-    config = pc.LoraConfig()
-    config._register_custom_module({int: float})
-    with pytest.raises(UnsupportedFeatureError, match="_custom_modules"):
-        require_supported(config)
-
-
 def test_every_row_is_tested():
-    assert {field for field, _ in _MISSING} == set(UNSUPPORTED) | {"_custom_modules"}
+    assert {field for field, _ in _MISSING} == set(UNSUPPORTED)
 
 
 def test_a_setting_of_an_unused_scheme_is_no_obstacle():
