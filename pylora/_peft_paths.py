@@ -45,12 +45,14 @@ _HOMES = {
     "layers.parameter": "ParamWrapper",
     "layers.tuner_layer": "BaseTunerLayer _set_layer_requires_grad=set_layer_requires_grad",
     "layers.variants.alora": "ALoraLinearVariant calculate_alora_offsets",
+    "layers.variants.alora": "ALoraLinearVariant calculate_alora_offsets",
     "layers.variants.dora": (
         "DoraConv1dLayer DoraConv1dVariant DoraConv2dLayer DoraConv2dVariant DoraConv3dLayer DoraConv3dVariant "
         "DoraEmbeddingLayer DoraEmbeddingVariant DoraLinearLayer DoraLinearVariant _DoraConvNdLayer _DoraConvNdVariant"
     ),
     "layers.variants.dora_cache": "DoraCaching",
     "layers.variants.protocol": "LoraVariant",
+    "model.alora": "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
     "model.alora": "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
     "model.auto": (
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
