@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pylora.checkpoint.keys import LORA_PREFIX, checked_adapter_name
 from pylora.config import LoraConfig, PeftConfig
-from pylora.errors import UnsupportedFeatureError
 from pylora.model.adapter_files import AdapterFiles
 from pylora.model.lora_model import LoraModel
 from pylora.model.status import (
@@ -258,10 +257,6 @@ class PeftModel(AdapterFiles, nn.Module):
             if enabled is not False:
                 self.base_model.enable_adapter_layers()
             self._adapters_disabled = was_disabled
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Combines adapters into a new one; pylora does not have this yet."""
-        raise UnsupportedFeatureError("add_weighted_adapter: pylora cannot combine adapters yet")
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The state of each adapter layer."""

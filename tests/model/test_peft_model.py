@@ -248,10 +248,6 @@ class TestAdapters:
         assert list(model.peft_config) == ["default"]
         assert_unchanged(model, before)
 
-    def test_combining_comes_later(self, model):
-        with pytest.raises(UnsupportedFeatureError, match="add_weighted_adapter"):
-            model.add_weighted_adapter(["default"], [1.0], "sum")
-
     def test_merging_is_reached_through_the_model(self, model, x):
         expected = model(x)
         model.merge_adapter()

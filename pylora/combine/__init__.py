@@ -1,0 +1,25 @@
+"""Making one adapter out of several: arithmetic on tensors, and the same on low-rank factors."""
+
+from pylora.combine.arithmetic import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from pylora.combine.factors import (
+    COMBINATIONS,
+    EQUAL_RANK_KINDS,
+    SVD_KINDS,
+    Combination,
+    Term,
+    combine_terms,
+)
+
+__all__ = [
+    "COMBINATIONS",
+    "EQUAL_RANK_KINDS",
+    "SVD_KINDS",
+    "Combination",
+    "Term",
+    "combine_terms",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "task_arithmetic",
+    "ties",
+]

@@ -1,0 +1,175 @@
+"""`add_weighted_adapter`: a new adapter that combines others, checked before the model is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pylora.combine import COMBINATIONS, EQUAL_RANK_KINDS, SVD_KINDS, Combination, Term, combine_terms
+from pylora.layers import LoraLayer, tuner_layers, walk
+from pylora.model.modules_to_save import ModulesToSaveWrapper
+from pylora.model.snapshot import ModelSnapshot
+
+if TYPE_CHECKING:
+    from pylora.model.lora_model import LoraModel
+
+_PRUNING = ("ties", "dare", "magnitude_prune")
+
+
+def add_weighted_adapter(
+    tuner: LoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
+) -> None:
+    """See `LoraModel.add_weighted_adapter`; `how.rank` is `svd_rank`, 0 for none."""
+    kind = _check(tuner, adapters, weights, how)
+    ranks = [_largest_rank(tuner.peft_config[name]) for name in adapters]
+    if kind in EQUAL_RANK_KINDS and len(set(ranks)) != 1:
+        raise ValueError(
+            f"All adapters must have the same r value when using combination_type {kind!r}, got {ranks}: use 'svd' or "
+            "'cat'."
+        )
+    rank = sum(ranks) if kind == "cat" else (how.rank if kind in SVD_KINDS else 0) or max(ranks)
+    how = dataclasses.replace(how, kind=kind, rank=rank)
+    config = _new_config(tuner, adapters, rank)
+    weight_of = list(zip(adapters, map(float, weights), strict=True))
+
+    before, active = ModelSnapshot(tuner.model), tuner.active_adapter
+    targeted = list(tuner.targeted_module_names)
+    scheme = config.init_lora_weights
+    try:
+        # A scheme that changes base weights has done that for the adapters that are combined.
+        if scheme not in (True, False) and str(scheme).lower() != "gaussian":
+            config.init_lora_weights = False
+        tuner.peft_config[adapter_name] = config
+        tuner.inject_adapter(tuner.model, adapter_name)
+        for layer in tuner_layers(tuner.model):
+            if isinstance(layer, LoraLayer) and layer._has_adapter(adapter_name):
+                _fill(layer, adapter_name, weight_of, how)
+        tuner.set_requires_grad(adapter_name, False)
+    except BaseException:
+        before.restore(adapter_name)
+        tuner.peft_config.pop(adapter_name, None)
+        tuner.active_adapter, tuner.targeted_module_names = active, targeted
+        raise
+    config.init_lora_weights = scheme
+
+
+def _check(tuner: LoraModel, adapters: Sequence[str], weights: Sequence[float], how: Combination) -> str:
+    """Raise what can be raised before the model is touched; returns the kind that will be used."""
+    for name in adapters:
+        if name not in tuner.peft_config:
+            raise ValueError(f"Adapter {name} does not exist")
+    for name in adapters:
+        if getattr(tuner.peft_config[name], "target_parameters", None):
+            raise ValueError(
+                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}')"
+            )
+    if not adapters:
+        raise ValueError(f"Found no adapter matching the names in {adapters}")
+    if len(weights) != len(adapters):
+        raise ValueError(f"weights: expected one for each of {len(adapters)} adapters, got {len(weights)}")
+    shared = sum(
+        sum(name in visit.module.modules_to_save for name in adapters) > 1
+        for visit in walk(tuner.model)
+        if isinstance(visit.module, ModulesToSaveWrapper)
+    )
+    if shared:
+        raise ValueError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{shared} such instance(s)."
+        )
+    kind = "linear" if len(adapters) == 1 else how.kind
+    if kind not in COMBINATIONS:
+        raise ValueError(f"Invalid combination_type: {kind}, expected one of {', '.join(sorted(COMBINATIONS))}")
+    _check_options(tuner, kind, how)
+    return kind
+
+
+def _check_options(tuner: LoraModel, kind: str, how: Combination) -> None:
+    if kind.startswith(_PRUNING):
+        if how.density is None:
+            raise TypeError(f"density: expected a number from 0 to 1 for combination_type={kind!r}, got None")
+        if how.density < 0:
+            raise ValueError(f"Density should be >= 0, got {how.density}")
+    if "ties" in kind and how.majority_sign_method not in ("total", "frequency"):
+        raise RuntimeError(
+            f'Unimplemented mask method "{how.majority_sign_method}": majority_sign_method is "total" or "frequency"'
+        )
+    if kind in SVD_KINDS and how.svd_driver is not None:
+        devices = {parameter.device.type for parameter in tuner.model.parameters()}
+        if devices != {"cuda"}:
+            raise RuntimeError(f"svd_driver: expected None except on CUDA, got {how.svd_driver!r} on {sorted(devices)}")
+
+
+def _largest_rank(config: Any) -> int:
+    return max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
+
+
+def _new_config(tuner: LoraModel, adapters: Sequence[str], rank: int) -> Any:
+    """The first adapter's configuration for the combined targets, with scaling 1 everywhere."""
+    configs: list[Any] = [tuner.peft_config[name] for name in adapters]
+    targets = [config.target_modules for config in configs]
+    types = {type(each) for each in targets}
+    if len(types) > 1:
+        raise ValueError(
+            "all adapter configs should follow the same target modules type. Combining adapters with `target_modules` "
+            "type being a mix of list/set and string is not supported."
+        )
+    combined: Any
+    if types == {str}:
+        combined = "|".join(f"({each})" for each in targets)
+    elif types == {set}:
+        combined = reduce(or_, targets)
+    else:
+        raise TypeError(f"Invalid type {types.pop()} found in target_modules")
+    config = dataclasses.replace(
+        configs[0],
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        target_modules=combined,
+        alpha_pattern={},
+        rank_pattern={},
+        lora_bias=any(config.lora_bias for config in configs),
+    )
+    config._custom_modules = configs[0]._custom_modules
+    return config
+
+
+def _fill(layer: LoraLayer, adapter_name: str, weight_of: list[tuple[str, float]], how: Combination) -> None:
+    """Give the new adapter on `layer` the combination of those that are there."""
+    present = [(name, weight) for name, weight in weight_of if layer._has_adapter(name)]
+    if not present:
+        raise ValueError(f"No matching LoRAs found: none of the adapters is on {layer}")
+    entries = [tuple(getattr(layer, attr)[name] for attr in layer.factor_names) for name, _ in present]
+    transposed = layer.factor_names[0] == "lora_embedding_A" or getattr(layer, "fan_in_fan_out", False)
+    terms = [
+        Term(_tensor(a), _tensor(b), float(layer.scaling[name]), weight, getattr(b, "groups", 1), transposed)
+        for (name, weight), (a, b) in zip(present, entries, strict=True)
+    ]
+    for attr, value in zip(layer.factor_names, combine_terms(terms, how), strict=True):
+        container = getattr(layer, attr)
+        parameter = nn.Parameter(value, requires_grad=False)
+        if isinstance(container[adapter_name], nn.Parameter):
+            container[adapter_name] = parameter
+        else:
+            container[adapter_name].weight = parameter
+    bias = getattr(getattr(layer, layer.factor_names[1])[adapter_name], "bias", None)
+    if bias is not None:
+        _fill_bias(bias, [(b.bias, term) for (_, b), term in zip(entries, terms, strict=True) if b.bias is not None])
+
+
+def _fill_bias(bias: torch.Tensor, sources: list[tuple[torch.Tensor, Term]]) -> None:
+    with torch.no_grad():
+        bias.zero_()
+        for source, term in sources:
+            bias.add_(source.to(bias.dtype), alpha=term.weight * term.scaling)
+
+
+def _tensor(entry: Any) -> torch.Tensor:
+    return entry.detach() if isinstance(entry, torch.Tensor) else entry.weight.detach()
