@@ -45,7 +45,6 @@ _HOMES = {
     "layers.parameter": "ParamWrapper",
     "layers.tuner_layer": "BaseTunerLayer _set_layer_requires_grad=set_layer_requires_grad",
     "layers.variants.alora": "ALoraLinearVariant calculate_alora_offsets",
-    "layers.variants.alora": "ALoraLinearVariant calculate_alora_offsets",
     "layers.variants.dora": (
         "DoraConv1dLayer DoraConv1dVariant DoraConv2dLayer DoraConv2dVariant DoraConv3dLayer DoraConv3dVariant "
         "DoraEmbeddingLayer DoraEmbeddingVariant DoraLinearLayer DoraLinearVariant _DoraConvNdLayer _DoraConvNdVariant"
@@ -53,14 +52,13 @@ _HOMES = {
     "layers.variants.dora_cache": "DoraCaching",
     "layers.variants.protocol": "LoraVariant",
     "model.alora": "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
-    "model.alora": "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch",
     "model.auto": (
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
         "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
         "TOKENIZER_CONFIG_NAME check_import_allowlist get_default_import_allowlist"
     ),
     "model.aux_wrapper": "AuxiliaryTrainingWrapper",
-    "model.base_tuner": "BaseTuner",
+    "model.base_tuner": "BaseTuner DUMMY_MODEL_CONFIG=_NO_CONFIG",
     "model.contexts": "disable_input_dtype_casting rescale_adapter_scale",
     "model.devices": "infer_device",
     "model.hotswap": (
@@ -167,10 +165,9 @@ _PATHS = {
         "BaseTuner BaseTunerLayer LoraConfig LoraLayer LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "
     ),
     "tuners.lora.variants": (
-        "ALoraLinearVariant calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate "
-        "is_alora_relevant_in_batch "
-        "DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant LoraVariant "
-        "_DoraConvNdVariant"
+        "ALoraLinearVariant DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant "
+        "DoraLinearVariant LoraVariant _DoraConvNdVariant calculate_alora_offsets get_alora_offsets_for_forward "
+        "get_alora_offsets_for_generate is_alora_relevant_in_batch"
     ),
     "tuners.tuners_utils": (
         "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "
@@ -180,7 +177,8 @@ _PATHS = {
     ),
     "utils": _CONSTANTS + _OTHER + _STATE_DICTS + "NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType",
     "utils.constants": (
-        _CONSTANTS + "DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES MIN_TARGET_MODULES_FOR_OPTIMIZATION "
+        _CONSTANTS
+        + "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES MIN_TARGET_MODULES_FOR_OPTIMIZATION "
         "SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME bloom_model_postprocess_past_key_value "
         "starcoder_model_postprocess_past_key_value"
     ),
