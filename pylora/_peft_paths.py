@@ -43,6 +43,7 @@ _HOMES = {
     "layers.linear": "Linear",
     "layers.merging": "check_adapters_to_merge",
     "layers.parameter": "ParamWrapper",
+    "layers.trainable_tokens": "TrainableTokensLayer",
     "layers.tuner_layer": "BaseTunerLayer _set_layer_requires_grad=set_layer_requires_grad",
     "layers.variants.alora": "ALoraLinearVariant calculate_alora_offsets",
     "layers.variants.dora": (
@@ -74,6 +75,7 @@ _HOMES = {
     "model.modules_to_save": "ModulesToSaveWrapper _set_trainable=set_trainable",
     "model.peft_model": "PeftModel",
     "model.preparation": "cast_mixed_precision_params prepare_model_for_kbit_training",
+    "model.replicate": "replicate_layers",
     "model.signatures": ("check_if_peft_model update_forward_signature update_generate_signature update_signature"),
     "model.status": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "model.submodules": (
@@ -89,6 +91,7 @@ _HOMES = {
         "bloom_model_postprocess_past_key_value id_tensor_storage shift_tokens_right "
         "starcoder_model_postprocess_past_key_value transpose"
     ),
+    "model.trainable_tokens": "TrainableTokensWrapper",
     "targeting.defaults": (
         "DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
         "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
@@ -113,7 +116,8 @@ _CONSTANTS = (
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING WEIGHTS_NAME "
 )
 _OTHER = (
-    "AuxiliaryTrainingWrapper ModulesToSaveWrapper _freeze_adapter _get_submodules _set_adapter _set_trainable "
+    "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper _freeze_adapter _get_submodules "
+    "_set_adapter _set_trainable "
     "bloom_model_postprocess_past_key_value cast_mixed_precision_params id_tensor_storage infer_device "
     "prepare_model_for_kbit_training shift_tokens_right transpose "
 )
@@ -169,11 +173,13 @@ _PATHS = {
         "DoraLinearVariant LoraVariant _DoraConvNdVariant calculate_alora_offsets get_alora_offsets_for_forward "
         "get_alora_offsets_for_generate is_alora_relevant_in_batch"
     ),
+    "tuners.trainable_tokens": "TrainableTokensLayer",
+    "tuners.trainable_tokens.layer": "TrainableTokensLayer",
     "tuners.tuners_utils": (
         "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "
         "_find_minimal_target_modules _get_submodules _maybe_include_all_linear_layers cast_adapter_dtype "
-        "check_adapters_to_merge check_target_module_exists delete_adapter inspect_matched_modules set_adapter "
-        "set_requires_grad"
+        "check_adapters_to_merge check_target_module_exists delete_adapter inspect_matched_modules replicate_layers "
+        "set_adapter set_requires_grad"
     ),
     "utils": _CONSTANTS + _OTHER + _STATE_DICTS + "NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType",
     "utils.constants": (

@@ -127,12 +127,12 @@ class LoadPlan:
             place = place_of(self.model, key)
             if place is not None:
                 assign = low_cpu_mem_usage and place.held.is_meta
-                place.owner.load_state_dict({place.leaf: tensor}, strict=False, assign=assign)
+                value = tensor.to(place.held.dtype) if assign else tensor
+                place.owner.load_state_dict({place.leaf: value}, strict=False, assign=assign)
         if low_cpu_mem_usage:
             for site in adapter_sites(self.model):
-                move: Any = getattr(type(site.module), "_move_adapter_to_device_of_base_layer", None)
-                if move is not None:
-                    move(site.module, self.adapter_name)
+                if not site.is_auxiliary:
+                    _bring_to_device(site, self.adapter_name)
         if self.mismatched:
             self._warn_about_sizes()
         return _IncompatibleKeys(list(self.missing), list(self.unexpected))
@@ -147,6 +147,19 @@ class LoadPlan:
             f"ignored because you passed `ignore_mismatched_sizes=True`: {sizes}.",
             stacklevel=2,
         )
+
+
+def _bring_to_device(site: Site, adapter_name: str) -> None:
+    """Move an adapter's tensors to where the layer's base weight is."""
+    layer: Any = site.module
+    device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    if device is None or device.type == "meta":
+        return
+    for held in adapter_roots(site, adapter_name).values():
+        tensors = held.parameters() if hasattr(held, "parameters") else [held]
+        for tensor in tensors:
+            if tensor.device != device and not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
 
 
 def plan_load(

@@ -30,15 +30,12 @@ _MISSING: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("init_lora_weights", _is_later_init),
     ("lora_ga_config", _given),
     ("megatron_config", bool),
-    ("trainable_token_indices", _given),
     ("velora_config", _given),
     ("use_qalora", bool),
     ("monteclora_config", _given),
-    ("layer_replication", bool),
     ("use_bdlora", _given),
     ("arrow_config", _given),
     ("kasa_config", _given),
-    ("ensure_weight_tying", bool),
 )
 
 

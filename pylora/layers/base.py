@@ -230,6 +230,7 @@ class LoraLayer(BaseTunerLayer):
             item = container[adapter_name]
             params = params_of(item)
             if any(p.is_meta for p in params):
+                container[adapter_name] = item.to(dtype=dtype)  # a load that follows keeps to this dtype
                 continue
             if all(p.device == device and (dtype is None or p.dtype == dtype) for p in params):
                 continue

@@ -15,6 +15,24 @@ from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.registry import register_layer
 
 
+def embed_scale(base: Any) -> torch.Tensor | None:
+    """The number that an embedding's forward multiplies its rows by, if its class has one (Gemma's)."""
+    scale = getattr(base, "embed_scale", None)
+    if isinstance(scale, (int, float)):
+        return torch.tensor(scale, device=base.weight.device, dtype=base.weight.dtype)
+    if not isinstance(scale, torch.Tensor):
+        return None
+    if scale.numel() != 1:
+        warnings.warn(
+            f"Found embed_scale attribute with shape {scale.shape}, expected scalar. "
+            "It is not applied to the adapter's output.",
+            PeftWarning,
+            stacklevel=4,
+        )
+        return None
+    return scale
+
+
 class Embedding(DeltaLayer):
     """An embedding with adapters: y = base(x) + sum over active adapters of scaling · (row x of Aᵀ) · Bᵀ.
 
@@ -92,22 +110,7 @@ class Embedding(DeltaLayer):
         )
 
     def _get_embed_scale(self) -> torch.Tensor | None:
-        """The number that the base layer's forward multiplies its rows by, if its class has one."""
-        base: Any = self.get_base_layer()
-        scale = getattr(base, "embed_scale", None)
-        if isinstance(scale, (int, float)):
-            return torch.tensor(scale, device=base.weight.device, dtype=base.weight.dtype)
-        if not isinstance(scale, torch.Tensor):
-            return None
-        if scale.numel() != 1:
-            warnings.warn(
-                f"Found embed_scale attribute with shape {scale.shape}, expected scalar. "
-                "It is not applied to the adapter's output.",
-                PeftWarning,
-                stacklevel=4,
-            )
-            return None
-        return scale
+        return embed_scale(self.get_base_layer())
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """scaling · (B·A)ᵀ, [num_embeddings, embedding_dim], in B's dtype; on a CPU narrow factors multiply in f32.

@@ -25,6 +25,7 @@ def walk(root: nn.Module, enter_tuner_layers: bool = True) -> Iterator[Visit]:
     Args:
         root: The module to start from; its name is "".
         enter_tuner_layers: Whether to go on to a tuner layer's `base_layer`; its other children are never visited.
+            False also keeps out of wrappers that stand for a module as a whole (`modules_to_save`).
     """
     seen: set[nn.Module] = set()
     stack = [Visit("", root, None, "")]
@@ -38,6 +39,8 @@ def walk(root: nn.Module, enter_tuner_layers: bool = True) -> Iterator[Visit]:
         children = module._modules
         if isinstance(module, BaseTunerLayer):
             items = [("base_layer", children.get("base_layer"))] if enter_tuner_layers else []
+        elif not enter_tuner_layers and hasattr(type(module), "adapter_layer_names"):
+            items = []
         else:
             items = list(children.items())
         prefix = visit.name + "." if visit.name else ""

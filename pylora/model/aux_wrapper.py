@@ -90,7 +90,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         # During unpickling and __init__ there is nothing to fall through to yet.
         if modules is not None and "original_module" in modules:
             if self.disable_adapters or not self.active_adapters:
-                return getattr(modules["original_module"], name)
+                return getattr(self.original_module, name)
             if self._hasattr_wrapped(name, modules):
                 return self._getattr_wrapped(name, modules)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")

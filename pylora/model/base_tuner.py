@@ -20,6 +20,7 @@ from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
 from pylora.model.inject import Injection
 from pylora.model.mixed_batch import adapter_names_passed
 from pylora.model.tied import record_broken_tie, tied_target_modules, warn_tied_merge
+from pylora.model.tying import tie_factors
 from pylora.targeting.tied import module_names_tied_with_embedding
 
 _NO_CONFIG = {"model_type": "custom"}
@@ -97,6 +98,12 @@ class BaseTuner(nn.Module, ABC):
         """The base model's forward, adapters in place."""
         return self.model(*args, **kwargs)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copied parameter has memory of its own, also where the original was a view of another.
+        for name, config in self.peft_config.items():
+            tie_factors(self.model, config, name)
+
     def __getattr__(self, name: str) -> Any:
         """What this module does not have, the base model is asked for."""
         try:
@@ -155,6 +162,8 @@ class BaseTuner(nn.Module, ABC):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Turn the adapter's narrow floating-point weights into f32 ones, see `lifecycle.cast_adapter_dtype`."""
         lifecycle.cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
+        # Casting, like loading, may have given tied factors memory of their own.
+        tie_factors(self.model, self.peft_config.get(adapter_name), adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one or several adapters the active ones, see `lifecycle.set_adapter`."""
@@ -209,6 +218,8 @@ class BaseTuner(nn.Module, ABC):
 
     def _check_merge_allowed(self) -> None:
         """Raise ValueError when adapters cannot be merged into this model; warn when they change a tied weight."""
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            raise ValueError("Cannot merge LORA layers when base model layers are replicated")
         warn_tied_merge(self._get_tied_target_modules(self.model))
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:

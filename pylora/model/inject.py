@@ -18,10 +18,13 @@ from pylora.config import pattern_value, require_supported
 from pylora.init import base_updates_at_end, find_init
 from pylora.layers import BaseTunerLayer, LoraLayer, ParamWrapper, create_layer, find_factory, tuner_layers, walk
 from pylora.model.lifecycle import unmerge_before_switch
-from pylora.model.modules_to_save import set_trainable
+from pylora.model.replicate import replicate_layers
 from pylora.model.trainable import check_bias, has_tuner_layers, mark_only_adapters_as_trainable
+from pylora.model.trained_modules import add_trained_modules, trains_modules
+from pylora.model.tying import tie_factors
 from pylora.targeting.parameters import ParameterTarget
 from pylora.targeting.resolve import ResolvedTargets, resolve_targets
+from pylora.targeting.tied import apply_tying
 
 _ABSENT = object()
 
@@ -70,19 +73,23 @@ class Injection:
         """
         self._check()
         first = not has_tuner_layers(self.model)
-        targets = resolve_targets(
-            self.model,
-            self.config,
-            is_tuner_layer=lambda module: isinstance(module, BaseTunerLayer),
-            state_dict_keys=self.state_dict_keys,
-        )
-        for module in targets.modules.values():
-            if not isinstance(module, LoraLayer):
-                find_factory(module, self.config)
         journal = Journal()
         try:
             self._record_config(journal)
+            if self.config.layer_replication:
+                journal.add(replicate_layers(self.model, self.config.layer_replication))
+            apply_tying(self.model, self.config)
+            targets = resolve_targets(
+                self.model,
+                self.config,
+                is_tuner_layer=lambda module: isinstance(module, BaseTunerLayer),
+                state_dict_keys=self.state_dict_keys,
+            )
             self.config.target_modules = targets.target_modules
+            targets = dataclasses.replace(targets, modules=self._with_tied_last(targets.modules))
+            for module in targets.modules.values():
+                if not isinstance(module, LoraLayer):
+                    find_factory(module, self.config)
             # Changes that a scheme makes to base weights come last, when nothing can fail any more.
             with base_updates_at_end():
                 with torch.device("meta") if self.low_cpu_mem_usage else nullcontext():
@@ -90,11 +97,20 @@ class Injection:
                         self._adapt(name, module, journal)
                     for target in targets.parameters:
                         self._adapt_parameter(target, journal)
+                tie_factors(self.model, self.config, self.adapter_name)
                 self._set_flags(journal, first)
         except BaseException:
             journal.revert()
             raise
         return targets
+
+    def _with_tied_last(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """The modules to adapt, behind them those whose adapters are to be tied to the input embedding's."""
+        names = getattr(self.config, "target_modules_to_tie", None) or ()
+        if self.state_dict_keys is not None:
+            names = [name for name in names if name in modules]
+        tied = {name: self.model.get_submodule(name) for name in names}
+        return {**{name: module for name, module in modules.items() if name not in tied}, **tied}
 
     def _check(self) -> None:
         require_supported(self.config)
@@ -174,13 +190,13 @@ class Injection:
         if first:
             journal.add(_flag_restorer(self.model))
             mark_only_adapters_as_trainable(self.model, [config.bias] if is_active else [])
-            self._add_trained_modules(journal, is_active)
+            add_trained_modules(self.model, config, self.adapter_name, is_active, journal.add)
             for layer in tuner_layers(self.model):
                 layer.set_adapter(active, inference_mode=config.inference_mode)
             return
-        if config.modules_to_save is not None:
+        if trains_modules(config):
             restore_flags = _flag_restorer(self.model)
-            self._add_trained_modules(journal, is_active)
+            add_trained_modules(self.model, config, self.adapter_name, is_active, journal.add)
             restore_flags()
         layers = tuner_layers(self.model)
         for layer in layers:
@@ -188,16 +204,6 @@ class Injection:
         for layer in layers:
             layer._active_adapter = list(active)
             layer.set_requires_grad(self.adapter_name, is_active and not config.inference_mode)
-
-    def _add_trained_modules(self, journal: Journal, is_active: bool) -> None:
-        set_trainable(
-            self.model,
-            self.adapter_name,
-            module_names=self.config.modules_to_save,
-            inference_mode=self.config.inference_mode,
-            activate_adapter=is_active,
-            on_change=journal.add,
-        )
 
 
 def _unloaded(layer: Any) -> nn.Module:

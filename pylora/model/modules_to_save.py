@@ -65,9 +65,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def _copy(self, tied_module: nn.Module | None) -> nn.Module:
         if tied_module is not None:
             weight: Any = tied_module.weight
-            shared = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            shared.weight = weight
-            return shared
+            own: Any = self.original_module.weight
+            return copy.deepcopy(self.original_module, memo={id(own): weight})
         duplicate = copy.deepcopy(self.original_module)
         if hasattr(duplicate, "_hf_hook"):
             _renew_accelerate_hook(duplicate)
@@ -240,7 +239,7 @@ def set_trainable(
             )
         wrapper = grandparent if isinstance(grandparent, wrapper_cls) else target
         if isinstance(wrapper, wrapper_cls):
-            is_new = adapter_name not in wrapper._get_available_adapters()
+            is_new = adapter_name not in wrapper._adapters
             wrapper.update(adapter_name, **wrapper_kwargs)
             if on_change and is_new:
                 active = list(wrapper.active_adapters)

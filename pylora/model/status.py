@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from pylora.checkpoint.structure import adapter_sites
+from pylora.layers.buffer_dict import BufferDict
 from pylora.model.trainable import count_parameters
 
 Irregular = Literal["irregular"]
@@ -75,7 +76,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     from pylora.model.peft_model import PeftModel
 
     root = model.base_model if isinstance(model, PeftModel) else model
-    statuses = [_layer_status(site.name, site.module) for site in adapter_sites(root)]
+    statuses = [_layer_status(*_layer_of(site.name, site.module)) for site in adapter_sites(root)]
     if not statuses:
         raise ValueError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
@@ -84,12 +85,18 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     return statuses
 
 
+def _layer_of(name: str, module: Any) -> tuple[str, Any]:
+    """The module with the adapters at a site: a wrapper of token rows has them in a layer inside."""
+    inner = module._modules.get("token_adapter")
+    return (name, module) if inner is None else (f"{name}.token_adapter", inner)
+
+
 def _layer_status(name: str, layer: Any) -> TunerLayerStatus:
     flags: dict[str, list[bool]] = {}
     devices: dict[str, set[str]] = {}
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
         container = getattr(layer, attribute)
-        if not isinstance(container, (nn.ModuleDict, nn.ParameterDict)):
+        if not isinstance(container, (nn.ModuleDict, nn.ParameterDict, BufferDict)):
             continue
         for adapter, held in container.items():
             parameters = list(held.parameters()) if isinstance(held, nn.Module) else [held]

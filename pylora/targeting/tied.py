@@ -11,6 +11,9 @@ from torch import nn
 from pylora.targeting.defaults import EMBEDDING_LAYER_NAMES
 from pylora.targeting.model_info import config_value
 
+# What the path to a weight has gained when its module was wrapped.
+_INSIDE = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)$")
+
 
 def module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     """Names of the modules whose weight the model declares to be the input embedding's; [] when it does not tie.
@@ -37,8 +40,67 @@ def module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in tied})
 
 
+def tied_partner_names(model: nn.Module) -> list[str]:
+    """Names of the modules that have the input embedding's weight, adapters or not: the outermost module's each."""
+    return sorted({_INSIDE.sub("", name) for name in module_names_tied_with_embedding(model)})
+
+
+def apply_tying(model: nn.Module, config: Any) -> None:
+    """Carry out `ensure_weight_tying` in the configuration: one adapter, or one trained copy, for a tied weight.
+
+    What is asked for on any of the modules that share the input embedding's weight is asked for on the embedding
+    instead, and the others are listed in `config.target_modules_to_tie` or `config.modules_to_tie`.
+
+    Args:
+        model: The base model.
+        config: A LoraConfig; changed in place, lists in it are replaced.
+
+    Warns:
+        UserWarning: There is nothing to tie.
+    """
+    if not config.ensure_weight_tying:
+        return
+    config.target_modules_to_tie, config.modules_to_tie = None, None
+    partners = tied_partner_names(model)
+    if not partners:
+        _warn_nothing_to_tie("no tied modules were found in the model")
+    elif _names_an_embedding(config.modules_to_save):
+        config.modules_to_save = sorted(_moved_to_embedding(config.modules_to_save, partners, embedding_name(model)))
+        config.modules_to_tie = partners
+    elif _names_an_embedding(config.target_modules):
+        name, targets = embedding_name(model), config.target_modules
+        if not isinstance(targets, str):
+            config.target_modules = _moved_to_embedding(targets, partners, name)
+        elif re.fullmatch(targets, name) is None:
+            config.target_modules = rf"(?:{targets}|^{re.escape(name)}$)"
+        config.target_modules_to_tie = partners
+    elif config.trainable_token_indices is None:
+        _warn_nothing_to_tie("no tied modules are added in either `modules_to_save` or `target_modules`")
+
+
+def embedding_name(model: Any) -> str:
+    """The name of `model.get_input_embeddings()`; "" if that module is not in the model."""
+    embedding = model.get_input_embeddings()
+    return next((visit for visit, module in model.named_modules() if module is embedding), "")
+
+
+def _moved_to_embedding(names: Any, partners: list[str], embedding: str) -> set[str]:
+    """`names` with the embedding's in the place of those that mean one of its partners."""
+
+    def means_partner(name: str) -> bool:
+        return any(re.match(rf"(^|.*\.){name}($|\..*)", partner) for partner in partners)
+
+    return {name for name in names if name == embedding or not means_partner(name)} | {embedding}
+
+
+def _warn_nothing_to_tie(what: str) -> None:
+    warnings.warn(f"You have requested `ensure_weight_tying`, but {what}", stacklevel=5)
+
+
 def warn_about_tied_targets(model: nn.Module, config: Any) -> None:
     """Warn when one side of a tied weight gets an adapter or a trained copy of its own."""
+    if config.ensure_weight_tying:
+        return
     if not (_names_an_embedding(config.target_modules) or _names_an_embedding(config.modules_to_save)):
         return
     tied = module_names_tied_with_embedding(model)
@@ -74,4 +136,5 @@ def _tied_with_input_embedding(model: nn.Module, tied_keys: dict[str, str]) -> l
     # adapter, into its inner module's one.
     moved = {re.sub(r"[^.]+\.base_layer\.", "", name): name for name in present}
     moved.update({name.replace("base_layer.", ""): name for name in present})
+    moved.update({name.replace("original_module.", ""): name for name in present if "original_module." in name})
     return [moved.get(key, key) for key, source in tied_keys.items() if moved.get(source, source) in present]

@@ -25,6 +25,9 @@ SUPPORTED = [
     {"target_parameters": ["experts.w"]},
     *({"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"} for tokens in ([], [1, 2])),
     {"qalora_group_size": 4},
+    {"trainable_token_indices": {"embed": [1]}},
+    {"layer_replication": [(0, 1)]},
+    {"ensure_weight_tying": True},
 ]
 
 UNSUPPORTED = {
@@ -37,15 +40,12 @@ UNSUPPORTED = {
     ],
     "lora_ga_config": [pc.LoraGAConfig()],
     "megatron_config": [{"a": 1}],
-    "trainable_token_indices": [[1], {"embed": [1]}, []],
     "velora_config": [pc.VeloraConfig()],
     "use_qalora": [True],
     "monteclora_config": [pc.MontecloraConfig()],
-    "layer_replication": [[(0, 1)]],
     "use_bdlora": [pc.BdLoraConfig()],
     "arrow_config": [pc.ArrowConfig()],
     "kasa_config": [pc.KasaConfig()],
-    "ensure_weight_tying": [True],
 }
 
 
