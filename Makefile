@@ -8,6 +8,7 @@ BENCH ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CONFIGURE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPYLORA_TESTS=ON
 CXX_FILES := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 NATIVE_INPUTS := setup.py pyproject.toml CMakeLists.txt pylora/_version.py pylora/_source_hash.py \
   $(shell find csrc cmake -type f 2>/dev/null)
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install build test ctest pytest lint format demo bench cuda wheel sdist doctor clean distclean
+.PHONY: help install build test ctest pytest lint format demo bench cuda neon wheel sdist doctor clean distclean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,7 +41,7 @@ test: ctest pytest  ## Run all tests: the C++ ones, then the Python ones.
 
 ctest: $(VENV)/.built  ## Build and run the C++ tests of the kernel library.
 	@mkdir -p build/kernels
-	@$(BIN)/cmake -S . -B build/kernels -DPYLORA_TESTS=ON > build/kernels/configure.log || { cat build/kernels/configure.log; exit 1; }
+	@$(CONFIGURE) -B build/kernels > build/kernels/configure.log || { cat build/kernels/configure.log; exit 1; }
 	$(BIN)/cmake --build build/kernels
 	$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=ignore
 
@@ -77,6 +78,13 @@ wheel: $(VENV)/.installed  ## Build a wheel, install it into an empty venv and u
 	$(BIN)/python -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip --disable-pip-version-check --quiet install --no-compile -c requirements-dev.txt dist/*.whl
 	cd build/wheel-venv && bin/python -I ../../tests/build/wheel_smoke.py && bin/pylora doctor
+
+# Debian's g++-aarch64-linux-gnu and qemu-user are enough. Says nothing about speed.
+neon: $(VENV)/.installed  ## Compile the kernel library for aarch64 and run its C++ tests in QEMU.
+	$(CONFIGURE) -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+	$(BIN)/cmake --build build/neon
+	$(BIN)/ctest --test-dir build/neon --output-on-failure
 
 sdist: $(VENV)/.installed  ## Build a source distribution, and a wheel from nothing but that.
 	rm -rf dist/*.tar.gz build/from-sdist
