@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-import pylora
 import torch
+from pylora import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,7 @@ def main(base_folder: str, adapter_folder: str, row_file: str, logits_file: str,
     if int(threads) > 0:
         torch.set_num_threads(int(threads))
     model = AutoModelForCausalLM.from_pretrained(base_folder)
-    model = pylora.PeftModel.from_pretrained(model, adapter_folder)
+    model = PeftModel.from_pretrained(model, adapter_folder)
     save_file({"logits": logits_of(model, load_file(row_file)["row"])}, logits_file)
 
 

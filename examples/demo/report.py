@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -43,12 +44,8 @@ def plot_losses(path: Path, losses: Sequence[float], held_out: tuple[float, floa
         held_out: nats per token before the first step and after the last one.
         title: what was trained.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
     axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label=f"mean of {_SMOOTHING_STEPS} steps")
@@ -63,7 +60,6 @@ def plot_losses(path: Path, losses: Sequence[float], held_out: tuple[float, floa
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def show_samples(console: Console, prompt: str, without: str, with_adapter: str) -> None:

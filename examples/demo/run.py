@@ -85,6 +85,12 @@ def main(
             required_drop=0.15 if model is None and steps >= _DEFAULT_STEPS else None,
         )
         result = run(settings, console)
+    except ImportError as error:  # a package that is missing, or a build of pylora that does not fit its sources
+        print(
+            f"demo: error: {error}\nThe demo needs pylora, built, and its extra: pip install 'pylora[demo]'",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from error
     except (DemoError, OSError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

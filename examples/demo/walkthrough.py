@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pylora
 import torch
+from pylora import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,7 +91,7 @@ def run(settings: Settings, console: Console) -> Result:
         result.before = _measure(model, held_out_rows, "perplexity before", console)
 
     # These lines are all there is to it: a configuration, a wrapped model; the training loop stays as it was.
-    config = pylora.LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         target_modules="all-linear",
         r=settings.rank,
@@ -99,7 +99,7 @@ def run(settings: Settings, console: Console) -> Result:
         lora_dropout=settings.dropout,
     )
     torch.manual_seed(settings.plan.seed)
-    model = pylora.get_peft_model(model, config)
+    model = get_peft_model(model, config)
     trainable, total = model.get_nb_trainable_parameters()
     console.print(f"adapter: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
 
@@ -166,7 +166,7 @@ def _train(model: torch.nn.Module, rows: torch.Tensor, plan: TrainingPlan, conso
 
 
 def _check_logits(
-    model: pylora.PeftModel, row: torch.Tensor, folder: Path, adapter_folder: Path, threads: int, result: Result
+    model: PeftModel, row: torch.Tensor, folder: Path, adapter_folder: Path, threads: int, result: Result
 ) -> None:
     adapted = logits_of(model, row)
     with model.disable_adapter():

@@ -181,17 +181,25 @@ def test_a_fresh_process_that_fails_fails_the_demo(tmp_path, monkeypatch):
         _logits_in_fresh_process(torch.zeros(2, dtype=torch.int64), tmp_path, tmp_path, 1)
 
 
-def test_an_error_is_one_message_and_exit_status_1(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (DemoError("download: no network"), "demo: error: download: no network"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ModuleNotFoundError("No module named 'gguf'"), "No module named 'gguf'"),
+    ],
+)
+def test_an_error_is_one_message_and_exit_status_1(monkeypatch, capsys, tmp_path, error, words):
     import run
     import walkthrough
 
     def fail(settings, console):
-        raise DemoError("download: no network")
+        raise error
 
     monkeypatch.setattr(walkthrough, "run", fail)
     for name in run._ENVIRONMENT:
         monkeypatch.setenv(name, os.environ.get(name, "1"))
-    with pytest.raises(typer.Exit) as error:
+    with pytest.raises(typer.Exit) as raised:
         run.main(out=tmp_path)
-    assert error.value.exit_code == 1
-    assert capsys.readouterr().err == "demo: error: download: no network\n"
+    assert raised.value.exit_code == 1
+    assert words in capsys.readouterr().err
