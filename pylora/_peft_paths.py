@@ -27,6 +27,7 @@ _HOMES = {
         "get_pattern_key"
     ),
     "errors": "NoMatchingPeftModuleError PeftError PeftWarning",
+    "integrations.empty_weights": "init_empty_weights skip_init_on_device",
     "integrations.packages": (
         "is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available "
         "is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available "
@@ -190,6 +191,7 @@ _PATHS = {
     ),
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": _HOMES["model.hotswap"],
+    "utils.integrations": "init_empty_weights skip_init_on_device",
     "utils.other": (
         _CONSTANTS
         + _OTHER
