@@ -52,6 +52,7 @@ _EXPORTS = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
+    "pylora.layers.variants.dora_cache": ("DoraCaching",),
     "pylora.model.lora_model": ("LoraModel",),
     "pylora.model.mapping": (
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
@@ -118,6 +119,7 @@ if TYPE_CHECKING:  # the same table for type checkers, which cannot read the one
     from pylora.errors import PeftWarning as PeftWarning
     from pylora.errors import PyloraBuildError as PyloraBuildError
     from pylora.errors import UnsupportedFeatureError as UnsupportedFeatureError
+    from pylora.layers.variants.dora_cache import DoraCaching as DoraCaching
     from pylora.model.auto import AutoPeftModel as AutoPeftModel
     from pylora.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from pylora.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction

@@ -169,7 +169,7 @@ def _attach_until_backward(block: Any, alora_offsets: Offsets) -> list[Removable
 
     def in_backward(module: nn.Module, *gradients: Any) -> None:
         # Without inputs that need a gradient this hook runs before the block is computed again: wait for the end.
-        engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(partial(_remove, handles))
 
     setattr(block, _HANDLES, handles)

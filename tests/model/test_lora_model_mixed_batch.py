@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pylora.config import LoraConfig
-from pylora.errors import UnsupportedFeatureError
 from pylora.model.lora_model import LoraModel
 
 
@@ -60,8 +59,6 @@ def test_refusals(model) -> None:
     ids = torch.arange(4)[None]
     with pytest.raises(ValueError, match=r"Trying to infer with non-existing adapter\(s\): bar, foo"):
         run(model, ids, adapter_names=["foo", "bar", "default", "__base__"])
-    with pytest.raises(UnsupportedFeatureError, match="alora_offsets"):
-        run(model, ids, alora_offsets=[1])
     model.train()
     with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
         run(model, ids, adapter_names=["default"])
