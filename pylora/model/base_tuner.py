@@ -50,6 +50,8 @@ class BaseTuner(nn.Module, ABC):
     prefix: str
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
     target_module_mapping: ClassVar[dict[str, Any]] = {}
+    # Whether layers of the method share weights that the tuner holds, so that it cannot be injected without one.
+    uses_shared_state: bool = False
 
     def __init__(
         self,
