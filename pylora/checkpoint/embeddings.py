@@ -38,7 +38,7 @@ def embedding_entries(
         return {}
     if not hasattr(model, "get_input_embeddings"):
         warnings.warn(
-            "Could not identify embedding layer(s): the model has no get_input_embeddings(), as transformers ones do.",
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",
             stacklevel=2,
         )
         return {}
