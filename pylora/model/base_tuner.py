@@ -49,8 +49,6 @@ class BaseTuner(nn.Module, ABC):
 
     prefix: str
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
-    # Whether layers depend on state that only the whole model has; such a tuner could not be injected alone.
-    uses_shared_state: bool = False
     target_module_mapping: ClassVar[dict[str, Any]] = {}
     # Whether layers of the method share weights that the tuner holds, so that it cannot be injected without one.
     uses_shared_state: bool = False
