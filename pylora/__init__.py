@@ -53,6 +53,7 @@ _EXPORTS = {
         "AutoPeftModelForTokenClassification",
     ),
     "pylora.layers.variants.dora_cache": ("DoraCaching",),
+    "pylora.model.conversion": ("convert_to_lora", "save_as_lora"),
     "pylora.model.lora_model": ("LoraModel",),
     "pylora.model.mapping": (
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
@@ -127,6 +128,8 @@ if TYPE_CHECKING:  # the same table for type checkers, which cannot read the one
     from pylora.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
     from pylora.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
     from pylora.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from pylora.model.conversion import convert_to_lora as convert_to_lora
+    from pylora.model.conversion import save_as_lora as save_as_lora
     from pylora.model.lora_model import LoraModel as LoraModel
     from pylora.model.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING
     from pylora.model.mapping import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING

@@ -21,6 +21,10 @@ _HOMES = {
     "checkpoint.extract": "get_peft_model_state_dict",
     "checkpoint.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
     "checkpoint.load": "load_peft_weights set_peft_model_state_dict",
+    "combine.arithmetic": (
+        "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune "
+        "prune random_pruning reshape_weight_task_tensors task_arithmetic ties"
+    ),
     "config": (
         "ArrowConfig BdLoraConfig CONFIG_NAME CordaConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig "
         "LoraRuntimeConfig MontecloraConfig PEFT_TYPE_TO_CONFIG_MAPPING PeftConfig PeftType TaskType VeloraConfig "
@@ -62,11 +66,13 @@ _HOMES = {
     "model.aux_wrapper": "AuxiliaryTrainingWrapper",
     "model.base_tuner": "BaseTuner DUMMY_MODEL_CONFIG=_NO_CONFIG",
     "model.contexts": "disable_input_dtype_casting rescale_adapter_scale",
+    "model.conversion": "convert_to_lora save_as_lora",
     "model.devices": "infer_device",
     "model.hotswap": (
         "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
         "prepare_model_for_compiled_hotswap"
     ),
+    "model.intruders": "reduce_intruder_dimension",
     "model.lifecycle": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad _set_adapter=set_adapter",
     "model.lora_model": "LoraModel",
     "model.mapping": (
@@ -153,15 +159,17 @@ _PATHS = {
         "get_peft_model_state_dict id_tensor_storage infer_device load_peft_weights set_peft_model_state_dict "
         "shift_tokens_right"
     ),
-    "tuners": _CONFIGS + "LoraModel",
+    "tuners": _CONFIGS + "LoraModel convert_to_lora save_as_lora",
     "tuners.lora": (
         _CONFIGS + "Conv2d Conv3d Embedding Linear LoraLayer LoraModel ParamWrapper is_bnb_4bit_available "
-        "is_bnb_available is_eetq_available"
+        "convert_to_lora is_bnb_available is_eetq_available save_as_lora"
     ),
     "tuners.lora.config": _CONFIGS + "CordaConfig PeftConfig",
+    "tuners.lora.conversion": "LoraConfig convert_to_lora save_as_lora",
     "tuners.lora.dora": (
         "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer _DoraConvNdLayer"
     ),
+    "tuners.lora.intruders": "LoraLayer reduce_intruder_dimension",
     "tuners.lora.layer": (
         "BaseTunerLayer Conv1d Conv2d Conv3d Embedding Linear LoraConfig LoraLayer LoraVariant MultiheadAttention "
         "ParamWrapper VARIANT_KWARG_KEYS _ConvNd transpose"
@@ -192,6 +200,7 @@ _PATHS = {
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": _HOMES["model.hotswap"],
     "utils.integrations": "init_empty_weights skip_init_on_device",
+    "utils.merge_utils": _HOMES["combine.arithmetic"],
     "utils.other": (
         _CONSTANTS
         + _OTHER

@@ -8,6 +8,7 @@ from pylora.combine.factors import (
     Combination,
     Term,
     combine_terms,
+    triplets_of_product,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "magnitude_prune",
     "task_arithmetic",
     "ties",
+    "triplets_of_product",
 ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from pylora.combine import arithmetic
-from pylora.init import top_singular_triplets
+from pylora.init import SingularTriplets, top_singular_triplets
 
 
 class Term(NamedTuple):
@@ -165,22 +165,35 @@ def _widened(term: Term) -> Term:
     return term._replace(a=term.a.flatten(1).to(dtype), b=term.b.flatten(1).to(dtype))
 
 
-def _of_sum_of_products(terms: list[Term], rank: int) -> Any:
-    """The first triplets of Σ w·s·B·A: both stacks of factors orthogonalised, and the core between decomposed."""
+def _of_sum_of_products(terms: list[Term], rank: int) -> SingularTriplets:
+    """The first triplets of Σ w·s·B·A."""
     a = torch.cat([term.a for term in terms])
     b = torch.cat([term.b * (term.weight * term.scaling) for term in terms], dim=1)
-    inner = a.shape[0]
-    if inner >= min(a.shape[1], b.shape[0]):
+    if a.shape[0] >= min(a.shape[1], b.shape[0]):
         return top_singular_triplets(b @ a, rank)
+    u, s, vh = triplets_of_product(b, a)
+    return SingularTriplets(u[:, :rank], s[:rank], vh[:rank])
+
+
+def triplets_of_product(b: torch.Tensor, a: torch.Tensor) -> SingularTriplets:
+    """All singular triplets of b·a, as many as there are rows in `a` or fewer: both factors are orthogonalised, and the
+    small core between them is decomposed. The product is never formed unless it is the smaller of the two.
+
+    Args:
+        b: [out, inner], f32 or f64.
+        a: [inner, in], of that dtype.
+    """
+    if a.shape[0] >= min(a.shape[1], b.shape[0]):
+        return SingularTriplets(*torch.linalg.svd(b @ a, full_matrices=False))
     q_a, r_a = torch.linalg.qr(a.t())
     q_b, r_b = torch.linalg.qr(b)
     u, s, vh = torch.linalg.svd(r_b @ r_a.t())
-    return q_b @ u[:, :rank], s[:rank], vh[:rank] @ q_a.t()
+    return SingularTriplets(q_b @ u, s, vh @ q_a.t())
 
 
-def _whole(delta: torch.Tensor, how: Combination) -> Any:
+def _whole(delta: torch.Tensor, how: Combination) -> SingularTriplets:
     """LAPACK's or cuSOLVER's own decomposition: a quantile over signed numbers depends on the signs it chooses."""
-    return torch.linalg.svd(delta, full_matrices=False, driver=how.svd_driver)
+    return SingularTriplets(*torch.linalg.svd(delta, full_matrices=False, driver=how.svd_driver))
 
 
 def _quantile(values: torch.Tensor, q: float) -> torch.Tensor:

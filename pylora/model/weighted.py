@@ -9,10 +9,10 @@ from operator import or_
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from pylora.combine import COMBINATIONS, EQUAL_RANK_KINDS, SVD_KINDS, Combination, Term, combine_terms
 from pylora.layers import LoraLayer, tuner_layers, walk
+from pylora.model.factor_access import factors_of, set_factors
 from pylora.model.modules_to_save import ModulesToSaveWrapper
 from pylora.model.snapshot import ModelSnapshot
 
@@ -149,16 +149,10 @@ def _fill(layer: LoraLayer, adapter_name: str, weight_of: list[tuple[str, float]
     entries = [tuple(getattr(layer, attr)[name] for attr in layer.factor_names) for name, _ in present]
     transposed = layer.factor_names[0] == "lora_embedding_A" or getattr(layer, "fan_in_fan_out", False)
     terms = [
-        Term(_tensor(a), _tensor(b), float(layer.scaling[name]), weight, getattr(b, "groups", 1), transposed)
-        for (name, weight), (a, b) in zip(present, entries, strict=True)
+        Term(*factors_of(layer, name), float(layer.scaling[name]), weight, getattr(b, "groups", 1), transposed)
+        for (name, weight), (_, b) in zip(present, entries, strict=True)
     ]
-    for attr, value in zip(layer.factor_names, combine_terms(terms, how), strict=True):
-        container = getattr(layer, attr)
-        parameter = nn.Parameter(value, requires_grad=False)
-        if isinstance(container[adapter_name], nn.Parameter):
-            container[adapter_name] = parameter
-        else:
-            container[adapter_name].weight = parameter
+    set_factors(layer, adapter_name, *combine_terms(terms, how))
     bias = getattr(getattr(layer, layer.factor_names[1])[adapter_name], "bias", None)
     if bias is not None:
         _fill_bias(bias, [(b.bias, term) for (_, b), term in zip(entries, terms, strict=True) if b.bias is not None])
@@ -169,7 +163,3 @@ def _fill_bias(bias: torch.Tensor, sources: list[tuple[torch.Tensor, Term]]) -> 
         bias.zero_()
         for source, term in sources:
             bias.add_(source.to(bias.dtype), alpha=term.weight * term.scaling)
-
-
-def _tensor(entry: Any) -> torch.Tensor:
-    return entry.detach() if isinstance(entry, torch.Tensor) else entry.weight.detach()

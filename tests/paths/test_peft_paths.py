@@ -15,13 +15,11 @@ from pylora import _peft_paths
 
 # Names that PEFT exports at its top and that belong to LoRA, but whose mechanism is not in pylora yet.
 NOT_YET = {
-    "convert_to_lora",
     "create_arrow_model",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "preprocess_loraga",
     "replace_lora_weights_loftq",
-    "save_as_lora",
 }
 
 
