@@ -46,7 +46,10 @@ class VeloraConfig:
             raise ValueError(f"`scale` should be positive, got {self.scale}.")
         known = ("batch_average_once", "batch_average", "random")
         if self.init_type not in known:
-            raise ValueError(f"Unsupported `init_type` {self.init_type!r}. Supported values are {', '.join(known)}.")
+            *others, last = (repr(name) for name in known)
+            raise ValueError(
+                f"Unsupported `init_type` {self.init_type!r}. Supported values are {', '.join(others)}, and {last}."
+            )
 
 
 @dataclass

@@ -157,7 +157,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 def adapters_enabled(model: nn.Module) -> bool | Irregular:
     """Whether the adapter layers of `model` are enabled; True for a model without any."""
-    return _common((not site.module.disable_adapters for site in adapter_sites(model)), default=True)
+    layers = (_layer_of(site.name, site.module)[1] for site in adapter_sites(model))
+    return _common((not layer.disable_adapters for layer in layers), default=True)
 
 
 def _common(values: Iterable[T], default: Any = None) -> Any:
