@@ -17,8 +17,7 @@ inline Context cpu_context() {
   return context;
 }
 
-/// The stream comes through c10's device-agnostic interface, so that one source builds with and without CUDA
-/// headers.
+/// The stream comes through c10's device-agnostic interface, so that one source builds with and without CUDA headers.
 inline Context device_context(c10::Device device) {
   Context context;
   context.stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();

@@ -1,5 +1,5 @@
-// How a launcher reaches its caller's threads or stream: a framework fills this in, an engine without one
-// uses the default.
+// How a launcher reaches its caller's threads or stream: a framework fills this in, an engine without one uses the
+// default.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@ namespace pylora {
 using RangeBody = void (*)(void* body, int64_t begin, int64_t end);
 
 struct Context {
-  /// Calls body(begin, end) on ranges that cover [0, count), each of at least `grain` where count allows it;
-  /// returns when all are done.
+  /// Calls body(begin, end) on ranges that cover [0, count), each of at least `grain` where count allows it; returns
+  /// when all are done.
   void (*run_ranges)(int64_t count, int64_t grain, RangeBody call,
                      void* body) = [](int64_t count, int64_t, RangeBody call, void* body) { call(body, 0, count); };
   /// cudaStream_t of CUDA launchers; unused on the CPU.

@@ -1,14 +1,12 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"), and where
-// dropout finds an element's 16 random bits. CPU, CUDA and the reference in pylora/ops/reference/philox.py
-// share this layout.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"), and where dropout
+// finds an element's 16 random bits. CPU, CUDA and the reference in pylora/ops/reference/philox.py share this layout.
 //
-// Element (row, column) of a [num_tokens, width] tensor: let block = column / 64, inner = column % 64, v =
-// inner / 8.
+// Element (row, column) of a [num_tokens, width] tensor: let block = column / 64, inner = column % 64, v = inner / 8.
 //   key     = {seed low, seed high}
 //   counter = {8 * block + inner % 8, row, offset low, offset high}
 //   bits    = word v / 2 of the result, low half if v is even, high half if it is odd
-// It is dropped if bits < threshold. Eight SIMD lanes give 64 neighbouring columns; the fragments of an
-// mma.m16n8k16 hold whole counters, so no thread of a GPU kernel draws bits that it throws away.
+// It is dropped if bits < threshold. Eight SIMD lanes give 64 neighbouring columns; the fragments of an mma.m16n8k16
+// hold whole counters, so no thread of a GPU kernel draws bits that it throws away.
 #pragma once
 
 #include <cstdint>
@@ -48,8 +46,8 @@ PYLORA_HOST_DEVICE constexpr PhiloxWords philox4x32(PhiloxWords counter, uint64_
 struct Dropout {
   uint32_t threshold = 0;  // round(p * 65536)
   double keep_scale = 1;   // 65536 / (65536 - threshold), 0 where everything is dropped: the mean is kept exactly
-  /// int64 [2] {seed, offset}, in the memory of the device that runs the op, so that a replayed CUDA graph
-  /// draws anew.
+  /// int64 [2] {seed, offset}, in the memory of the device that runs the op, so that a replayed CUDA graph draws
+  /// anew.
   const int64_t* rng = nullptr;
 
   PYLORA_HOST_DEVICE constexpr bool active() const { return threshold != 0; }

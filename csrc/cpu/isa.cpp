@@ -18,9 +18,9 @@ struct CpuidRegisters {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-CpuidRegisters cpuid(unsigned leaf) {
+CpuidRegisters cpuid(unsigned leaf, unsigned subleaf = 0) {
   CpuidRegisters r;
-  __get_cpuid_count(leaf, 0, &r.eax, &r.ebx, &r.ecx, &r.edx);
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
   return r;
 }
 
@@ -68,6 +68,7 @@ Status find_isa(const char* name, Isa* found) {
 
 struct Selection {
   std::atomic<Isa> isa{Isa::scalar};
+  std::atomic<bool> chosen_by_call{false};  // after which the environment's error no longer matters
   Status environment;
   std::string environment_text;
 
@@ -139,17 +140,38 @@ bool isa_supported(Isa isa) {
 #endif
 }
 
+bool has_bf16_products() {
+#if defined(__x86_64__)
+  constexpr int kAvx512Bf16 = 5, kAmxBf16 = 22;
+  static const bool has_them =
+      x86_supported(Isa::avx512) && (has(cpuid(7, 1).eax, kAvx512Bf16) || has(cpuid(7).edx, kAmxBf16));
+  return has_them;
+#else
+  return false;
+#endif
+}
+
+bool has_f16_products() {
+#if defined(__x86_64__)
+  constexpr int kAvx512Fp16 = 23;
+  static const bool has_them = x86_supported(Isa::avx512) && has(cpuid(7).edx, kAvx512Fp16);
+  return has_them;
+#else
+  return false;
+#endif
+}
+
 Status current_isa(Isa* isa) {
   Selection& s = selection();
   *isa = s.isa.load(std::memory_order_relaxed);
-  return s.environment;
+  return s.chosen_by_call.load(std::memory_order_relaxed) ? Status{} : s.environment;
 }
 
 Status set_isa(const char* name) {
   Isa isa;
   const Status status = find_isa(name, &isa);
   if (!status.is_ok()) return status;
-  selection().environment = {};
+  selection().chosen_by_call = true;
   selection().isa.store(isa, std::memory_order_relaxed);
   return {};
 }

@@ -1,6 +1,5 @@
-// An op's kernels exist once per instruction set, as `pylora::<isa>::<name>`: a constant table of function
-// pointers that its *.isa.cpp defines. PYLORA_KERNEL_TABLE(Type, name) declares them and defines
-// name##_table(Isa).
+// An op's kernels exist once per instruction set, as `pylora::<isa>::<name>`: a constant table of function pointers
+// that its *.isa.cpp defines. PYLORA_KERNEL_TABLE(Type, name) declares them and defines name##_table(Isa).
 #pragma once
 
 #include "cpu/isa.h"

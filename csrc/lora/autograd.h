@@ -1,8 +1,8 @@
 // Derivatives of the lora ops, in C++: a Python autograd.Function costs 10 to 23 us a call, this 5.
 //
-// Saved for backward: x (which the caller holds), v [num_tokens, rank] and the generator's state; no dropped
-// copy and no mask. Where a graph of the backward itself is wanted (create_graph), the gradients are built
-// from differentiable ATen calls instead of the fused kernels, so that double backward works.
+// Saved for backward: x (which the caller holds), v [num_tokens, rank] and the generator's state; no dropped copy and
+// no mask. Where a graph of the backward itself is wanted (create_graph), the gradients are built from differentiable
+// ATen calls instead of the fused kernels, so that double backward works.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -31,9 +31,11 @@ inline Tensor if_needed(bool needed, const Tensor& grad) { return needed ? grad 
 
 inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
+/// `t` if a backward will read it, else nothing to keep.
+inline Tensor if_read(bool read, const Tensor& t) { return read ? t : Tensor(); }
+
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  // The optional bias and rng come last among the tensors: an absent one takes no edge, and shifts those
-  // after it.
+  // The optional bias and rng come last among the tensors: an absent one takes no edge, and shifts those after it.
   enum Edge { kX, kWeight, kA, kB, kBias };
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b,
@@ -42,9 +44,11 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
         find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                                            const Tensor&, double, double, const OptionalTensor&)>(
             "pylora::lora_linear_forward");
+    const bool factors = a.requires_grad() || b.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [y, v] = op.call(x, weight, bias, a, b, scaling, dropout_p, rng);
-    ctx->save_for_backward({x, weight, a, b, v, rng.value_or(Tensor())});
+    ctx->save_for_backward({if_read(factors || weight.requires_grad(), x), if_read(x.requires_grad(), weight), a, b,
+                            if_read(b.requires_grad(), v), rng.value_or(Tensor())});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["has_bias"] = bias.has_value();
@@ -53,24 +57,25 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &a = saved[2], &b = saved[3], &v = saved[4], &dy = grad_outputs[0];
+    const OptionalTensor x = optional(saved[0]), weight = optional(saved[1]), v = optional(saved[4]);
     const OptionalTensor rng = optional(saved[5]);
+    const Tensor &a = saved[2], &b = saved[3], &dy = grad_outputs[0];
     const double scaling = ctx->saved_data["scaling"].toDouble(), dropout_p = ctx->saved_data["dropout_p"].toDouble();
     const bool need_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(kBias);
     const bool need_x = ctx->needs_input_grad(kX), need_weight = ctx->needs_input_grad(kWeight);
     const bool need_a = ctx->needs_input_grad(kA), need_b = ctx->needs_input_grad(kB);
     if (at::GradMode::is_enabled()) {
-      const aten::Gradients grads = aten::backward(dy, x, a, b, scaling, dropout_p, rng, {need_x, need_a, need_b});
-      const Tensor dy_rows = aten::rows(dy);
-      Tensor dx, dweight, dbias;
-      if (need_x) dx = at::mm(dy_rows, weight).view(x.sizes()).add(grads.dx).to(x.scalar_type());
-      if (need_weight) dweight = at::mm(dy_rows.t(), aten::rows(x));
-      if (need_bias) dbias = at::sum(dy_rows, 0);
-      return {dx, dweight, grads.da, grads.db, dbias, Tensor(), Tensor(), Tensor()};
+      const aten::NoAutocast settled;
+      const aten::Gradients grads =
+          aten::backward(dy, x, a, b, std::nullopt, scaling, dropout_p, rng, {need_x, need_a, need_b});
+      aten::BaseGradients base = aten::base_backward(dy, x, weight, {need_x, need_weight, need_bias}, aten::dense);
+      if (need_x) base.dx = aten::widen(base.dx).add(grads.dx).to(dy.scalar_type());
+      return {base.dx, base.dweight, grads.da, grads.db, base.dbias, Tensor(), Tensor(), Tensor()};
     }
     static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
-        const OptionalTensor&, std::array<bool, 5>)>("pylora::lora_linear_backward");
+        const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+        const OptionalTensor&, double, double, const OptionalTensor&, std::array<bool, 5>)>(
+        "pylora::lora_linear_backward");
     const auto [dx, dweight, dbias, da, db] =
         op.call(dy, x, weight, a, b, v, scaling, dropout_p, rng, {need_x, need_weight, need_bias, need_a, need_b});
     return {if_needed(need_x, dx),
@@ -92,9 +97,10 @@ struct AddFunction : torch::autograd::Function<AddFunction> {
     static const auto op =
         find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
                                            const OptionalTensor&)>("pylora::lora_add_forward");
+    const bool factors = a.requires_grad() || b.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [y, v] = op.call(base, x, a, b, scaling, dropout_p, rng);
-    ctx->save_for_backward({x, a, b, v, rng.value_or(Tensor())});
+    ctx->save_for_backward({if_read(factors, x), a, b, if_read(b.requires_grad(), v), rng.value_or(Tensor())});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
     return y;
@@ -102,20 +108,22 @@ struct AddFunction : torch::autograd::Function<AddFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &a = saved[1], &b = saved[2], &v = saved[3], &dy = grad_outputs[0];
-    const OptionalTensor rng = optional(saved[4]);
+    const OptionalTensor x = optional(saved[0]), v = optional(saved[3]), rng = optional(saved[4]);
+    const Tensor &a = saved[1], &b = saved[2], &dy = grad_outputs[0];
     const double scaling = ctx->saved_data["scaling"].toDouble(), dropout_p = ctx->saved_data["dropout_p"].toDouble();
     const bool need_x = ctx->needs_input_grad(kX), need_a = ctx->needs_input_grad(kA),
                need_b = ctx->needs_input_grad(kB);
     const Tensor dbase = if_needed(ctx->needs_input_grad(kBase), dy);
     if (!(need_x || need_a || need_b)) return {dbase, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
     if (at::GradMode::is_enabled()) {
-      const aten::Gradients grads = aten::backward(dy, x, a, b, scaling, dropout_p, rng, {need_x, need_a, need_b});
-      const Tensor dx = need_x ? grads.dx.to(x.scalar_type()) : Tensor();
+      const aten::NoAutocast settled;
+      const aten::Gradients grads =
+          aten::backward(dy, x, a, b, std::nullopt, scaling, dropout_p, rng, {need_x, need_a, need_b});
+      const Tensor dx = need_x ? grads.dx.to(dy.scalar_type()) : Tensor();
       return {dbase, dx, grads.da, grads.db, Tensor(), Tensor(), Tensor()};
     }
     static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
+        const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, double,
         const OptionalTensor&, std::array<bool, 3>)>("pylora::lora_add_backward");
     const auto [dx, da, db] = op.call(dy, x, a, b, v, scaling, dropout_p, rng, {need_x, need_a, need_b});
     return {dbase, if_needed(need_x, dx), if_needed(need_a, da), if_needed(need_b, db), Tensor(), Tensor(), Tensor()};

@@ -1,5 +1,6 @@
 // The two implementations of a delta, behind one shape: Kernels (lora.h's launchers, CPU) and Aten (any other
 // device).
+//   dense:    the base product
 //   forward:  adds scaling * drop(x) a^T b^T into y, which the caller owns, and returns {y, v}
 //   backward: adds to dx, where given, and returns the gradients asked for
 #pragma once
@@ -7,6 +8,7 @@
 #include <ATen/ops/empty.h>
 
 #include "binding/context.h"
+#include "binding/dense.h"
 #include "binding/status.h"
 #include "lora/aten.h"
 #include "lora/heuristics.h"
@@ -20,27 +22,15 @@ struct DeltaNeeds {
   bool any() const { return dx || da || db; }
 };
 
-inline ConstMatrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+using binding::matrix;
+using binding::workspace_of;
 inline MutableMatrix mutable_matrix(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1)}; }
 
-/// Tokens as rows, neighbouring columns side by side in memory: a copy only where the strides allow nothing
-/// else.
-inline Tensor token_rows(const Tensor& t) {
-  const Tensor r = aten::rows(t);
-  return r.stride(1) == 1 || r.size(1) <= 1 ? r : r.contiguous();
-}
+/// Tokens as rows, as kernels take them.
+inline Tensor token_rows(const Tensor& t) { return binding::with_unit_columns(aten::rows(t)); }
 
-inline Shape shape_of(const Tensor& x_rows, const Tensor& a, const Tensor& b) {
-  return {x_rows.size(0),
-          x_rows.size(1),
-          b.size(0),
-          a.size(0),
-          binding::to_dtype(x_rows.scalar_type()),
-          binding::to_dtype(a.scalar_type())};
-}
-
-inline Tensor workspace_of(int64_t bytes, const Tensor& like) {
-  return at::empty({bytes}, like.options().dtype(at::kByte));
+inline Shape shape_of(int64_t num_tokens, at::ScalarType dtype, const Tensor& a, const Tensor& b) {
+  return {num_tokens, a.size(1), b.size(0), a.size(0), binding::to_dtype(dtype), binding::to_dtype(a.scalar_type())};
 }
 
 inline Dropout dropout_of(double dropout_p, const OptionalTensor& rng) {
@@ -48,11 +38,16 @@ inline Dropout dropout_of(double dropout_p, const OptionalTensor& rng) {
 }
 
 struct KernelBackend {
+  /// The base product: x [rows, in], weight [out, in].
+  static Tensor dense(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+    return binding::dense_product(x, weight, bias);
+  }
+
   static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
                                             double scaling, double dropout_p, const OptionalTensor& rng) {
     const Tensor x_rows = token_rows(x);
     ForwardArgs args;
-    args.shape = shape_of(x_rows, a, b);
+    args.shape = shape_of(x_rows.size(0), x.scalar_type(), a, b);
     const Tensor v = at::empty({args.shape.num_tokens, args.shape.rank},
                                x.options().dtype(binding::accumulator_type(x.scalar_type())));
     const Tensor workspace = workspace_of(forward_workspace_bytes(args.shape), x);
@@ -68,24 +63,34 @@ struct KernelBackend {
     return {y, v};
   }
 
-  static aten::Gradients backward(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
-                                  const Tensor& v, double scaling, double dropout_p, const OptionalTensor& rng,
-                                  DeltaNeeds needs) {
-    const Tensor x_rows = token_rows(x), dy_rows = token_rows(dy);
+  static aten::Gradients backward(const Tensor& dx, const Tensor& dy, const OptionalTensor& x, const Tensor& a,
+                                  const Tensor& b, const OptionalTensor& v, double scaling, double dropout_p,
+                                  const OptionalTensor& rng, DeltaNeeds needs) {
+    const Tensor dy_rows = token_rows(dy), x_rows = needs.da ? token_rows(*x) : Tensor();
     BackwardArgs args;
-    args.shape = shape_of(x_rows, a, b);
+    args.shape = shape_of(dy_rows.size(0), dy.scalar_type(), a, b);
     aten::Gradients grads;
-    if (needs.dx) args.dx = {dx.mutable_data_ptr(), args.shape.in_features, 1}, grads.dx = dx;
-    if (needs.da) grads.da = at::empty(a.sizes(), a.options()), args.da = grads.da.mutable_data_ptr();
-    if (needs.db) grads.db = at::empty(b.sizes(), b.options()), args.db = grads.db.mutable_data_ptr();
-    const Tensor workspace = workspace_of(backward_workspace_bytes(args.shape), x);
+    if (needs.dx) {
+      TORCH_INTERNAL_ASSERT(dx.scalar_type() == dy.scalar_type() && dx.is_contiguous());
+      grads.dx = dx;
+      args.dx = {dx.mutable_data_ptr(), args.shape.in_features, 1};
+    }
+    if (needs.da) {
+      grads.da = at::empty(a.sizes(), a.options());
+      args.da = grads.da.mutable_data_ptr();
+      args.x = matrix(x_rows);
+    }
+    if (needs.db) {
+      grads.db = at::empty(b.sizes(), b.options());
+      args.db = grads.db.mutable_data_ptr();
+      args.v = v->const_data_ptr();
+    }
+    const Tensor workspace = workspace_of(backward_workspace_bytes(args.shape), dy);
     args.scaling = scaling;
     args.dropout = dropout_of(dropout_p, rng);
     args.dy = matrix(dy_rows);
-    args.x = matrix(x_rows);
     args.a = matrix(a);
     args.b = matrix(b);
-    args.v = v.const_data_ptr();
     args.workspace = workspace.mutable_data_ptr();
     binding::throw_unless_ok(backward_cpu(binding::cpu_context(), args));
     return grads;
@@ -93,16 +98,20 @@ struct KernelBackend {
 };
 
 struct AtenBackend {
+  static Tensor dense(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+    return aten::dense(x, weight, bias);
+  }
+
   static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
                                             double scaling, double dropout_p, const OptionalTensor& rng) {
     return aten::forward(y, x, a, b, scaling, dropout_p, rng);
   }
 
-  static aten::Gradients backward(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
-                                  const Tensor&, double scaling, double dropout_p, const OptionalTensor& rng,
-                                  DeltaNeeds needs) {
-    aten::Gradients grads = aten::backward(dy, x, a, b, scaling, dropout_p, rng, {needs.dx, needs.da, needs.db});
-    if (needs.dx) grads.dx = (aten::widen(dx) + grads.dx.view(dx.sizes())).to(dx.scalar_type());
+  static aten::Gradients backward(const Tensor& dx, const Tensor& dy, const OptionalTensor& x, const Tensor& a,
+                                  const Tensor& b, const OptionalTensor& v, double scaling, double dropout_p,
+                                  const OptionalTensor& rng, DeltaNeeds needs) {
+    aten::Gradients grads = aten::backward(dy, x, a, b, v, scaling, dropout_p, rng, {needs.dx, needs.da, needs.db});
+    if (needs.dx) grads.dx = aten::widen(dx).add(grads.dx).to(dx.scalar_type());
     return grads;
   }
 };

@@ -1,5 +1,5 @@
-// The lora ops as C++ functions that go through torch's dispatcher, so that autograd, autocast and tracing
-// see the call.
+// The lora ops as C++ functions that go through torch's dispatcher, so that autograd, autocast and tracing see the
+// call.
 #pragma once
 
 #include <ATen/core/Tensor.h>

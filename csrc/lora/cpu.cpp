@@ -39,8 +39,7 @@ Status check_shape(const Shape& s) {
   return {};
 }
 
-/// The factor as contiguous rows of accumulators: itself where it is that already, else converted into
-/// `space`.
+/// The factor as contiguous rows of accumulators: itself where it is that already, else converted into `space`.
 const void* as_rows(const Kernels& kernels, const Shape& s, ConstMatrix m, int64_t width, void* space) {
   const DType accumulator = accumulator_dtype(s.dtype);
   const bool contiguous = m.column_stride == 1 && (m.row_stride == width || s.rank == 1);

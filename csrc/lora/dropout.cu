@@ -1,6 +1,5 @@
-// dropout_cuda: one Philox counter a thread, hence eight elements, eight columns apart (common/philox.h).
-// Eight neighbouring threads cover 64 neighbouring columns, so that every load and store of a warp touches
-// whole sectors.
+// dropout_cuda: one Philox counter a thread, hence eight elements, eight columns apart (common/philox.h). Eight
+// neighbouring threads cover 64 neighbouring columns, so that every load and store of a warp touches whole sectors.
 #include "cuda/device.cuh"
 #include "lora/lora.h"
 
@@ -26,8 +25,9 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(DropoutArgs args) {
       const int64_t column = counter / kLanes * kDropoutBlock + v * kLanes + counter % kLanes;
       const uint32_t bits = random.word[v / 2] >> (v % 2 * 16) & 0xffff;
       if (column >= args.width) continue;
-      const C kept = cuda::load(x + column) * static_cast<C>(args.dropout.keep_scale);
-      cuda::store(out + column, bits < args.dropout.threshold ? C(0) : kept);
+      // A product, as on the CPU and in torch, so that a dropped infinity is a NaN and does not vanish.
+      const C multiplier = bits < args.dropout.threshold ? C(0) : static_cast<C>(args.dropout.keep_scale);
+      cuda::store(out + column, cuda::load(x + column) * multiplier);
     }
   }
 }

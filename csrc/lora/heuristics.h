@@ -26,8 +26,7 @@ constexpr int64_t backward_workspace_bytes(const Shape& shape) {
   return 2 * forward_workspace_bytes(shape) + block_bytes(shape, shape.num_tokens, shape.rank);
 }
 
-/// Least work of a thread, in multiply-adds: waking a thread costs about 5 us, in which one does about
-/// 200,000.
+/// Least work of a thread, in multiply-adds: waking a thread costs about 5 us, in which one does about 200,000.
 constexpr int64_t kGrainWork = 200000;
 
 constexpr int64_t grain(int64_t work_per_item) { return work_per_item > 0 ? 1 + kGrainWork / work_per_item : 1; }

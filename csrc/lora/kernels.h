@@ -1,6 +1,6 @@
-// The kernels of one instruction set. Factors and v come as contiguous rows of accumulators ("C" below: f32,
-// or f64 for f64 tensors), so that a kernel has one storage type; each works on a range, and the launcher
-// shares out the ranges.
+// The kernels of one instruction set. Factors and v come as contiguous rows of accumulators ("C" below: f32, or f64
+// for f64 tensors), so that a kernel has one storage type; each works on a range, and the launcher shares out the
+// ranges.
 #pragma once
 
 #include "lora/lora.h"
@@ -18,8 +18,7 @@ struct Kernels {
   /// y[t, o] += drop(scaling * sum_r v[t, r] factor[r, o]) for tokens [begin, end).
   using Expand = void (*)(int64_t begin, int64_t end, const void* v, const void* factor, int64_t rank, double scaling,
                           const Dropout& dropout, MutableMatrix y, int64_t width);
-  /// C sums[r, i] = scaling * sum_t v[t, r] drop(x)[t, i] for columns [begin, end); begin is a multiple
-  /// of 64.
+  /// C sums[r, i] = scaling * sum_t v[t, r] drop(x)[t, i] for columns [begin, end); begin is a multiple of 64.
   using Outer = void (*)(int64_t begin, int64_t end, const void* v, int64_t rank, ConstMatrix x, int64_t num_tokens,
                          int64_t width, double scaling, const Dropout& dropout, void* sums);
   /// out = drop(x) for tokens [begin, end).

@@ -1,35 +1,29 @@
-// lora: one adapter's low-rank product, forward and backward, added to a base product that the caller has
-// made.
+// lora: one adapter's low-rank product, forward and backward, added to a base product that the caller has made.
 //
-//   drop(x)[t, i] = x[t, i] * (kept(t, i) ? keep_scale : 0)       (csrc/common/philox.h; drop(x) = x without
-//   dropout) v  = drop(x) a^T                      shrink   [num_tokens, rank] y += scaling * v b^T expand
-//   [num_tokens, out_features]
+//   drop(x)[t, i] = x[t, i] * (kept(t, i) ? keep_scale : 0)     csrc/common/philox.h; drop(x) = x without dropout
+//   v   = drop(x) a^T                                           shrink, [num_tokens, rank]
+//   y  += scaling * v b^T                                       expand, [num_tokens, out_features]
+//
 // and, with g = scaling * dy b, the gradients
-//   dx += drop(g a)    da = g^T drop(x)    db = scaling * dy^T v
 //
-// Numerics. Products are summed in f32 (f64 for f64), whatever the storage types; v, g and the converted
-// factors stay in that type. y and dx are read, added to and rounded once; da and db are rounded once. A row
-// of v, y and dx depends on that row alone, and every sum has a fixed order: results have the same bits for
-// any number of threads and any batch around a row. Sums over tokens (da, db) run in blocks of 64 tokens, in
-// order. Instruction sets differ in the last bits.
+//   dx += drop(g a)
+//   da  = g^T drop(x)
+//   db  = scaling * dy^T v
+//
+// Numerics. Products are summed in f32 (f64 for f64), whatever the storage types; v, g and the converted factors stay
+// in that type. y and dx are read, added to and rounded once; da and db are rounded once. A row of v, y and dx
+// depends on that row alone, and every sum has a fixed order: results have the same bits for any number of threads
+// and any batch around a row. Sums over tokens (da, db) run in blocks of 64 tokens, in order. Instruction sets differ
+// in the last bits. Dropping multiplies by 0: a dropped infinity or NaN is a NaN, as in torch.
 #pragma once
 
 #include "common/context.h"
 #include "common/dtype.h"
+#include "common/matrix.h"
 #include "common/philox.h"
 #include "common/status.h"
 
 namespace pylora::lora {
-
-/// A matrix in memory: strides in elements, any sign of layout; rows of x, y, dx and dy have column stride 1.
-template <class Pointer>
-struct Matrix {
-  Pointer data = nullptr;
-  int64_t row_stride = 0;
-  int64_t column_stride = 1;
-};
-using ConstMatrix = Matrix<const void*>;
-using MutableMatrix = Matrix<void*>;
 
 struct Shape {
   int64_t num_tokens = 0;
@@ -66,8 +60,8 @@ struct BackwardArgs {
   void* workspace = nullptr;  // backward_workspace_bytes(shape), aligned to 64
 };
 
-/// out = drop(x) on its own: where a caller's own code stands between dropout and the factors, and on devices
-/// without fused kernels. It is its own backward.
+/// out = drop(x) on its own: where a caller's own code stands between dropout and the factors, and on devices without
+/// fused kernels. It is its own backward.
 struct DropoutArgs {
   int64_t num_tokens = 0;
   int64_t width = 0;
@@ -80,7 +74,7 @@ struct DropoutArgs {
 Status forward_cpu(const Context& context, const ForwardArgs& args);
 Status backward_cpu(const Context& context, const BackwardArgs& args);
 Status dropout_cpu(const Context& context, const DropoutArgs& args);
-/// Queued on context.stream; f64 is unsupported.
+/// Queued on context.stream.
 Status dropout_cuda(const Context& context, const DropoutArgs& args);
 
 }  // namespace pylora::lora

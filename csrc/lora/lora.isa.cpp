@@ -1,6 +1,5 @@
-// The lora kernels, written once and compiled per instruction set. Tiles hold 12 accumulators (3 tokens x 4
-// ranks, 6 tokens x 2 vectors): with AVX2's 16 registers that leaves room for the operands, and hides the
-// latency of an FMA.
+// The lora kernels, written once and compiled per instruction set. Tiles hold 12 accumulators (3 tokens x 4 ranks, 6
+// tokens x 2 vectors): with AVX2's 16 registers that leaves room for the operands, and hides the latency of an FMA.
 #include "cpu/simd/dropout.h"
 #include "cpu/simd/vec.h"
 #include "lora/kernels.h"
@@ -8,18 +7,7 @@
 namespace pylora::PYLORA_ISA {
 namespace {
 
-using lora::ConstMatrix;
 using lora::Kernels;
-using lora::MutableMatrix;
-
-template <class T>
-const T* row_of(ConstMatrix m, int64_t row) {
-  return static_cast<const T*>(m.data) + row * m.row_stride;
-}
-template <class T>
-T* row_of(MutableMatrix m, int64_t row) {
-  return static_cast<T*>(m.data) + row * m.row_stride;
-}
 
 template <class A, class B>
 constexpr bool kSame = false;
@@ -72,8 +60,7 @@ Block<T> stage_block(ConstMatrix x, int64_t first_row, int64_t rows, int64_t fir
 
 constexpr int kShrinkTokens = 3, kShrinkRanks = 4;
 constexpr int64_t kShrinkBlockTokens = 24;
-// A chunk of 16 ranks (32 KB) stays in L1 or close to it while 24 tokens pass; the sums across lanes cost 7
-// %.
+// A chunk of 16 ranks (32 KB) stays in L1 or close to it while 24 tokens pass; the sums across lanes cost 7 %.
 constexpr int64_t kShrinkChunk = 512;
 
 template <class C, int M, int R>
@@ -147,8 +134,7 @@ constexpr int64_t kExpandBlockTokens = 48;
 // Columns of y whose part of the factor stays in L2, in elements of rank x columns (128 KB of f32).
 constexpr int64_t kExpandBlockElements = 32768, kExpandMaxColumns = 512;
 
-/// One tile: y += multiplier * scaling * v factor. partial: columns of a last incomplete vector (kVectors =
-/// 1), or 0.
+/// One tile: y += multiplier * scaling * v factor. partial: columns of a last incomplete vector (kVectors = 1), or 0.
 template <class T, int M, int kVectors, bool kPartial>
 void expand_tile(const Accumulator<T>* v, int64_t rank, Accumulator<T> scaling, const Accumulator<T>* factor,
                  int64_t factor_stride, const Accumulator<T>* multiplier, int64_t multiplier_stride, T* y,

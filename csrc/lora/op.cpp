@@ -1,60 +1,17 @@
-// pylora::lora_linear, lora_add and lora_dropout: schemas, checks, registration. autograd.h has the
-// derivatives.
+// pylora::lora_linear, lora_add and lora_dropout: schemas, checks, registration. autograd.h has the derivatives.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
-#include "binding/checks.h"
 #include "lora/autograd.h"
 #include "lora/backends.h"
+#include "lora/checks.h"
 
 namespace pylora::lora {
 namespace {
-
-void check_factors(const binding::Checks& check, const Tensor& x, const Tensor& a, const Tensor& b,
-                   int64_t out_features) {
-  check.dim_at_least("x", x, 1);
-  check.kernel_dtype("x", x);
-  check.kernel_dtype("a", a);
-  check.shape("a", a, {-1, x.size(-1)});
-  check.shape("b", b, {out_features, a.size(0)});
-  TORCH_CHECK_VALUE(a.size(0) >= 1, "lora: a: expected a rank of at least 1, got shape ", a.sizes());
-  check.same_dtype("b", b, "a", a);
-  check.same_device("a", a, "x", x);
-  check.same_device("b", b, "x", x);
-}
-
-void check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a, const Tensor& b,
-                  double dropout_p, const OptionalTensor& rng) {
-  const binding::Checks check("lora_linear");
-  check.dim_at_least("x", x, 1);
-  check.shape("weight", weight, {-1, x.size(-1)});
-  check.same_dtype("weight", weight, "x", x);
-  check.same_device("weight", weight, "x", x);
-  if (bias) {
-    check.shape("bias", *bias, {weight.size(0)});
-    check.same_dtype("bias", *bias, "x", x);
-    check.same_device("bias", *bias, "x", x);
-  }
-  check_factors(check, x, a, b, weight.size(0));
-  check.dropout(dropout_p, rng, x);
-}
-
-void check_add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double dropout_p,
-               const OptionalTensor& rng) {
-  const binding::Checks check("lora_add");
-  check.dim_at_least("x", x, 1);
-  std::vector<int64_t> base_shape(x.sizes().begin(), x.sizes().end());
-  base_shape.back() = -1;
-  check.shape("base", base, base_shape);
-  check.same_dtype("base", base, "x", x);
-  check.same_device("base", base, "x", x);
-  check_factors(check, x, a, b, base.size(-1));
-  check.dropout(dropout_p, rng, x);
-}
 
 // Outputs of a schema are always tensors: a gradient that nobody asked for is an empty one.
 Tensor or_empty(const Tensor& grad, const Tensor& like) {
@@ -65,8 +22,10 @@ template <class Backend>
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                           const Tensor& a, const Tensor& b, double scaling, double dropout_p,
                                           const OptionalTensor& rng) {
-  check_linear(x, weight, bias, a, b, dropout_p, rng);
-  return Backend::forward(at::linear(x, weight, bias).contiguous(), x, a, b, scaling, dropout_p, rng);
+  LoraChecks("lora_linear").linear(x, weight, bias, a, b, dropout_p, rng);
+  const aten::NoAutocast settled;
+  const Tensor base = Backend::dense(aten::rows(x), weight, bias).view(aten::with_width(x, weight.size(0)));
+  return Backend::forward(base, x, a, b, scaling, dropout_p, rng);
 }
 
 template <class Backend>
@@ -76,28 +35,27 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x,
-                                                                   const Tensor& weight, const Tensor& a,
-                                                                   const Tensor& b, const Tensor& v, double scaling,
-                                                                   double dropout_p, const OptionalTensor& rng,
-                                                                   std::array<bool, 5> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
+    const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& a, const Tensor& b,
+    const OptionalTensor& v, double scaling, double dropout_p, const OptionalTensor& rng, std::array<bool, 5> needs) {
   const auto [need_x, need_weight, need_bias, need_a, need_b] = needs;
-  Tensor dx, dweight, dbias;
-  const Tensor dy_rows = aten::rows(dy);
-  if (need_x) dx = at::mm(dy_rows, weight).view(x.sizes());
-  if (need_weight) dweight = at::mm(dy_rows.t(), aten::rows(x));
-  if (need_bias) dbias = at::sum(dy_rows, 0);
+  const LoraChecks check("lora_linear_backward");
+  check.delta_backward(dy, x, a, b, v, dropout_p, rng, need_a || need_weight, need_b);
+  if (need_x) check.base_backward(dy, weight, a);
+  const aten::NoAutocast settled;
+  const aten::BaseGradients base = aten::base_backward(dy, x, weight, {need_x, need_weight, need_bias}, Backend::dense);
   aten::Gradients grads;
   const DeltaNeeds delta{need_x, need_a, need_b};
-  if (delta.any()) grads = Backend::backward(dx, dy, x, a, b, v, scaling, dropout_p, rng, delta);
-  return {or_empty(grads.dx, x), or_empty(dweight, weight), or_empty(dbias, weight), or_empty(grads.da, a),
+  if (delta.any()) grads = Backend::backward(base.dx, dy, x, a, b, v, scaling, dropout_p, rng, delta);
+  return {or_empty(grads.dx, dy), or_empty(base.dweight, dy), or_empty(base.dbias, dy), or_empty(grads.da, a),
           or_empty(grads.db, b)};
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> add_forward(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b,
                                        double scaling, double dropout_p, const OptionalTensor& rng) {
-  check_add(base, x, a, b, dropout_p, rng);
+  LoraChecks("lora_add").add(base, x, a, b, dropout_p, rng);
+  const aten::NoAutocast settled;
   const Tensor y = at::empty_like(base, base.options(), at::MemoryFormat::Contiguous).copy_(base);
   return Backend::forward(y, x, a, b, scaling, dropout_p, rng);
 }
@@ -109,13 +67,16 @@ Tensor add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> add_backward(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
-                                                const Tensor& v, double scaling, double dropout_p,
-                                                const OptionalTensor& rng, std::array<bool, 3> needs) {
+std::tuple<Tensor, Tensor, Tensor> add_backward(const Tensor& dy, const OptionalTensor& x, const Tensor& a,
+                                                const Tensor& b, const OptionalTensor& v, double scaling,
+                                                double dropout_p, const OptionalTensor& rng,
+                                                std::array<bool, 3> needs) {
   const DeltaNeeds delta{needs[0], needs[1], needs[2]};
-  const Tensor dx = delta.dx ? at::zeros_like(x, x.options(), at::MemoryFormat::Contiguous) : Tensor();
+  LoraChecks("lora_add_backward").delta_backward(dy, x, a, b, v, dropout_p, rng, delta.da, delta.db);
+  const aten::NoAutocast settled;
+  const Tensor dx = delta.dx ? at::zeros(aten::with_width(dy, a.size(1)), dy.options()) : Tensor();
   const aten::Gradients grads = Backend::backward(dx, dy, x, a, b, v, scaling, dropout_p, rng, delta);
-  return {or_empty(grads.dx, x), or_empty(grads.da, a), or_empty(grads.db, b)};
+  return {or_empty(grads.dx, dy), or_empty(grads.da, a), or_empty(grads.db, b)};
 }
 
 template <Status (*launch)(const Context&, const DropoutArgs&)>
@@ -124,8 +85,9 @@ Tensor dropout(const Tensor& x, double dropout_p, const OptionalTensor& rng) {
   check.dim_at_least("x", x, 1);
   check.kernel_dtype("x", x);
   check.dropout(dropout_p, rng, x);
-  const Tensor x_rows = token_rows(x);
   const Tensor out = at::empty_like(x, x.options(), at::MemoryFormat::Contiguous);
+  if (!dropout_of(dropout_p, rng).active()) return out.copy_(x);
+  const Tensor x_rows = token_rows(x);
   const c10::DeviceGuard guard(x.device());
   DropoutArgs args{x_rows.size(0),
                    x_rows.size(1),
@@ -138,9 +100,8 @@ Tensor dropout(const Tensor& x, double dropout_p, const OptionalTensor& rng) {
   return out;
 }
 
-// Under autocast the base product runs in the lower precision, as nn.Linear does there; the factors keep
-// their dtype, since the kernels take f32 factors beside 16-bit activations without a converted copy of
-// either.
+// Under autocast the base product runs in the lower precision, as nn.Linear does there; the factors keep their dtype,
+// since the kernels take f32 factors beside 16-bit activations without a converted copy of either.
 template <c10::DeviceType device>
 Tensor cast(const Tensor& t) {
   return at::autocast::cached_cast(at::autocast::get_lower_precision_fp_from_device_type(device), t, device);
@@ -175,7 +136,7 @@ TORCH_LIBRARY_FRAGMENT(pylora, m) {
       "float dropout_p=0.0, Tensor? rng=None) -> (Tensor y, Tensor v)",
       tags);
   m.def(
-      "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor v, float scaling, "
+      "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor a, Tensor b, Tensor? v, float scaling, "
       "float dropout_p, Tensor? rng, bool[5] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor da, "
       "Tensor db)",
       tags);
@@ -188,7 +149,7 @@ TORCH_LIBRARY_FRAGMENT(pylora, m) {
       "Tensor? rng=None) -> (Tensor y, Tensor v)",
       tags);
   m.def(
-      "lora_add_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor v, float scaling, float dropout_p, "
+      "lora_add_backward(Tensor dy, Tensor? x, Tensor a, Tensor b, Tensor? v, float scaling, float dropout_p, "
       "Tensor? rng, bool[3] needs) -> (Tensor dx, Tensor da, Tensor db)",
       tags);
   m.def("lora_dropout(Tensor x, float dropout_p, Tensor? rng) -> Tensor", tags);

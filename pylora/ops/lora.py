@@ -173,11 +173,11 @@ def _fake_linear_forward(
 @torch.library.register_fake("pylora::lora_linear_backward")
 def _fake_linear_backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
     a: Tensor,
     b: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     scaling: float,
     dropout_p: float,
     rng: Tensor | None,
@@ -185,9 +185,9 @@ def _fake_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_x, need_weight, need_bias, need_a, need_b = needs
     return (
-        _if_needed(need_x, x),
-        _if_needed(need_weight, weight),
-        weight.new_empty((weight.shape[0],) if need_bias else (0,)),
+        dy.new_empty((*dy.shape[:-1], a.shape[1]) if need_x else (0,)),
+        dy.new_empty((b.shape[0], a.shape[1]) if need_weight else (0,)),
+        dy.new_empty((b.shape[0],) if need_bias else (0,)),
         _if_needed(need_a, a),
         _if_needed(need_b, b),
     )
@@ -212,16 +212,17 @@ def _fake_add_forward(
 @torch.library.register_fake("pylora::lora_add_backward")
 def _fake_add_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     a: Tensor,
     b: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     scaling: float,
     dropout_p: float,
     rng: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _if_needed(needs[0], x), _if_needed(needs[1], a), _if_needed(needs[2], b)
+    dx = dy.new_empty((*dy.shape[:-1], a.shape[1]) if needs[0] else (0,))
+    return dx, _if_needed(needs[1], a), _if_needed(needs[2], b)
 
 
 @torch.library.register_fake("pylora::lora_dropout")

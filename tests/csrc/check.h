@@ -1,5 +1,4 @@
-// The smallest test harness: CHECK counts and prints failures, and a test program fails if failures() is not
-// 0.
+// The smallest test harness: CHECK counts and prints failures, and a test program fails if failures() is not 0.
 #pragma once
 
 #include <cstdio>

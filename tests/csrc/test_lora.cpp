@@ -1,5 +1,4 @@
-// The lora launchers as an engine without torch calls them: default Context, own buffers, every instruction
-// set.
+// The lora launchers as an engine without torch calls them: default Context, own buffers, every instruction set.
 #include "lora/lora.h"
 
 #include <cmath>

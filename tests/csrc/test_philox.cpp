@@ -1,5 +1,5 @@
-// The generator's published known answers, and that dropout's layout uses each half word of each counter
-// exactly once.
+// The generator's published known answers, and that dropout's layout uses each half word of each counter exactly
+// once.
 #include "common/philox.h"
 
 #include <set>

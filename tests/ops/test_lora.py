@@ -16,8 +16,8 @@ from pylora.testing.tolerances import assert_near
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RANKS = [1, 3, 8, 16, 64, 200]
-WIDTHS = [1, 17, 64, 1000]
-TOKENS = [0, 1, 2, 7, 50]
+WIDTHS = [0, 1, 17, 64, 1000]
+TOKENS = [0, 1, 2, 3, 7, 50]
 RNG = torch.tensor([0x0123456789ABCDEF, -0x0FEDCBA987654321])
 
 
@@ -67,6 +67,17 @@ def test_forward_and_backward(isa, dtype, in_features):
     ranks, biases = itertools.cycle(RANKS), itertools.cycle([True, False, False])
     for out_features, num_tokens in itertools.product(WIDTHS, TOKENS):
         check(lora_inputs(num_tokens, in_features, out_features, next(ranks), dtype, bias=next(biases)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_base_products_of_many_rows(isa, dtype, transposed):
+    """More rows than one block of the packed product, with ends in every direction; weights stored [in, out] too."""
+    for num_tokens, in_features, out_features in [(200, 300, 70), (193, 64, 33), (30, 2100, 40)]:
+        inputs = lora_inputs(num_tokens, in_features, out_features, 4, dtype)
+        if transposed:
+            inputs.weight = inputs.weight.t().contiguous().t()
+        check(inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -263,6 +274,35 @@ def test_gradients_only_where_required():
     assert_near(only_b[0], b.grad.double(), 30)
 
 
+def saved_bytes(call) -> int:
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return sum(kept.values())
+
+
+def test_keeps_nothing_that_no_gradient_reads():
+    inputs = lora_inputs(256, 64, 48, 8)
+    x, weight, a, b = inputs.x, inputs.weight, inputs.a, inputs.b
+    weight_bytes, factor_bytes = weight.nbytes, a.nbytes + b.nbytes
+    x.requires_grad_()  # frozen adapter, as under prompt tuning: no x and no v
+    assert saved_bytes(lambda: lora_linear(x, weight, None, a, b, 1.0)) == weight_bytes + factor_bytes
+    assert saved_bytes(lambda: lora_add(inputs.dy, x, a, b, 1.0)) == factor_bytes
+    x.requires_grad_(False)
+    b.requires_grad_()  # the first layer of a model: no weight
+    v_bytes = 256 * 8 * 4
+    assert saved_bytes(lambda: lora_linear(x, weight, None, a, b, 1.0)) == x.nbytes + factor_bytes + v_bytes
+    y = lora_linear(x, weight, None, a, b, 1.0)
+    with torch.no_grad():
+        weight.mul_(2.0)  # not read by this backward, so not guarded by it
+    torch.autograd.grad(y, [b], inputs.dy)
+
+
 def test_no_graph_without_a_gradient():
     inputs = lora_inputs(3, 8, 8, 2)
     y = lora_linear(inputs.x, inputs.weight, inputs.bias, inputs.a, inputs.b, 1.0)
@@ -353,10 +393,42 @@ def test_compile_fullgraph_inductor_draws_its_own_mask():
     def layer(x, weight, a, b):
         return lora_linear(x, weight, None, a, b, 1.0, 0.5) + lora_add(x, x, a, b, 1.0)
 
-    first = layer(inputs.x, inputs.weight, inputs.a, inputs.b)
-    second = layer(inputs.x, inputs.weight, inputs.a, inputs.b)
-    assert first.shape == (64, 64)
+    args = (inputs.x, inputs.weight, inputs.a.requires_grad_(), inputs.b.requires_grad_())
+    first, second = layer(*args), layer(*args)
     assert not torch.equal(first, second)
+    # Its mean over masks is the layer without dropout; each mask keeps half of the elements of x.
+    mean = torch.stack([layer(*args).detach() for _ in range(200)]).double().mean(0)
+    plain = reference.lora_linear(inputs.x, inputs.weight, None, inputs.a, inputs.b, 1.0) + reference.lora_add(
+        inputs.x, inputs.x, inputs.a, inputs.b, 1.0
+    )
+    assert (mean - plain).abs().max() < 1.0
+    assert (mean - plain).abs().mean() < 0.1
+    grads = torch.autograd.grad(first, args[2:], inputs.dy)
+    assert all(bool(g.abs().sum() > 0) for g in grads)
+
+
+@pytest.mark.parametrize(("create_graph", "backend"), [(False, None), (True, None), (False, "aot_eager")])
+def test_backward_under_autocast_keeps_its_dtypes(create_graph, backend):
+    """A forward outside autocast and its backward inside give the bits of both outside."""
+    inputs = lora_inputs(24, 40, 56, 4).requires_grad_()
+
+    def run_op(x, weight, bias, a, b):
+        return lora_linear(x, weight, bias, a, b, 0.5, 0.25, RNG) + lora_add(x[:, :1] * weight[:, 0], x, a, b, 0.5)
+
+    layer = torch.compile(run_op, backend=backend, fullgraph=True) if backend else run_op
+
+    def grads(context):
+        y = layer(*inputs.leaves())
+        with context:
+            return torch.autograd.grad(y, inputs.leaves(), inputs.dy, create_graph=create_graph)
+
+    outside = grads(torch.autocast("cpu", enabled=False))
+    inside = grads(torch.autocast("cpu", dtype=torch.bfloat16))
+    assert [g.dtype for g in inside] == [torch.float32] * 5
+    for g, h in zip(inside[2:], outside[2:], strict=True):  # x and weight also pass torch's own multiplication
+        assert torch.equal(g, h)
+    for g, h in zip(inside[:2], outside[:2], strict=True):
+        assert_near(g, h.detach().double(), 40)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
@@ -451,7 +523,7 @@ BAD_ARGUMENTS = [
     ({"bias": torch.randn(5)}, ValueError, r"lora_linear: bias: expected shape \[6\] .* got \[5\]"),
     ({"a": torch.randn(2, 7)}, ValueError, r"lora_linear: a: expected shape \[-1, 8\] .* got \[2, 7\]"),
     ({"b": torch.randn(6, 3)}, ValueError, r"lora_linear: b: expected shape \[6, 2\] .* got \[6, 3\]"),
-    ({"a": torch.randn(0, 8), "b": torch.randn(6, 0)}, ValueError, r"a: expected a rank of at least 1"),
+    ({"a": torch.randn(0, 8), "b": torch.randn(6, 0)}, ValueError, r"lora_linear: a: expected a rank of at least 1"),
     ({"weight": torch.randn(6, 8).bfloat16()}, TypeError, r"weight: expected the dtype of x, Float, got BFloat16"),
     ({"b": torch.randn(6, 2).half()}, TypeError, r"b: expected the dtype of a, Float, got Half"),
     (
@@ -479,6 +551,49 @@ def test_add_names_a_base_that_does_not_fit():
         lora_add(torch.randn(3, 6), inputs.x, inputs.a, inputs.b, 1.0)
     with pytest.raises(TypeError, match="lora_add: base: expected the dtype of x"):
         lora_add(inputs.dy.half(), inputs.x, inputs.a, inputs.b, 1.0)
+
+
+def test_backward_ops_check_what_they_are_given():
+    """They are public through torch.ops, and `.data` of a parameter may change between forward and backward."""
+    inputs = lora_inputs(4, 8, 6, 2)
+    v = torch.randn(4, 2)
+    op, needs = torch.ops.pylora.lora_linear_backward, [True] * 5
+
+    def call(**changes):
+        args = {"dy": inputs.dy, "x": inputs.x, "weight": inputs.weight, "a": inputs.a, "b": inputs.b, "v": v} | changes
+        return op(*args.values(), 0.5, 0.0, None, needs)
+
+    assert [g.shape for g in call()] == [(4, 8), (6, 8), (6,), (2, 8), (6, 2)]
+    with pytest.raises(ValueError, match=r"lora_linear_backward: v: expected shape \[4, 2\]"):
+        call(v=v[:1])
+    with pytest.raises(TypeError, match="lora_linear_backward: v: expected the forward's v"):
+        call(v=v.bfloat16())
+    with pytest.raises(ValueError, match="lora_linear_backward: x: expected a tensor"):
+        call(x=None)
+    with pytest.raises(ValueError, match="lora_linear_backward: weight: expected a tensor"):
+        call(weight=None)
+    with pytest.raises(TypeError, match="lora_linear_backward: b: expected the dtype of a"):
+        call(b=inputs.b.bfloat16())
+    with pytest.raises(ValueError, match=r"lora_linear_backward: x: expected shape \[4, 8\]"):
+        call(x=inputs.x[:2])
+    a = torch.nn.Parameter(inputs.a)
+    y = lora_linear(inputs.x, inputs.weight, None, a, inputs.b, 1.0)
+    a.data = a.data.bfloat16()
+    with pytest.raises((TypeError, RuntimeError)):
+        y.backward(inputs.dy)
+
+
+def test_dropped_infinity_is_a_nan_as_in_torch():
+    assert torch.isnan(lora_dropout(torch.full((4, 64), torch.inf), 0.5, RNG)).any()
+
+
+def test_dropout_of_nothing_is_a_copy():
+    x = torch.randn(3, 5).t()
+    for p in (0.0, 1e-9):
+        out = lora_dropout(x, p)
+        assert torch.equal(out, x)
+        assert out.data_ptr() != x.data_ptr()
+    assert lora_dropout(torch.empty(3, 0), 0.5).shape == (3, 0)
 
 
 def test_missing_rng_is_named_by_the_op():

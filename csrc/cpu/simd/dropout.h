@@ -45,8 +45,7 @@ PYLORA_INLINE void dropout_block(const DropoutRow<C>& d, uint32_t row, uint32_t 
   }
 }
 
-/// multiplier[i] = 0 or keep_scale for columns first + i, i in [0, round_up(count, 64)). first is a multiple
-/// of 64.
+/// multiplier[i] = 0 or keep_scale for columns first + i, i in [0, round_up(count, 64)). first is a multiple of 64.
 template <class C>
 PYLORA_INLINE void dropout_multipliers(const DropoutRow<C>& d, int64_t row, int64_t first, int64_t count,
                                        C* multiplier) {

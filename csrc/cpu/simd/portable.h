@@ -1,5 +1,5 @@
-// Plain C++ for the sets without instructions of their own here: the scalar baseline, and NEON. Included by
-// vec.h alone.
+// Plain C++ for the sets without instructions of their own here: the scalar baseline, and NEON. Included by vec.h
+// alone.
 #pragma once
 
 namespace pylora::PYLORA_ISA {
@@ -39,8 +39,7 @@ PYLORA_INLINE f16 to_f16(float value) {
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 0x3ff))};
   if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to 65536 or more
   if (magnitude < 0x38800000u) {
-    // Subnormal in f16: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the
-    // addition.
+    // Subnormal in f16: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition.
     const uint32_t low = bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
     return {static_cast<uint16_t>(sign | low)};
   }

@@ -1,7 +1,7 @@
-// The vectors that CPU bodies are written against, once for all instruction sets: the compiler's vector
-// extensions for arithmetic, and for what these compile badly (16-bit conversions, the 32 x 32 -> 64
-// multiply) a header per set. Everything is in an anonymous namespace inside the set's own: differently
-// compiled copies must not merge at link time.
+// The vectors that CPU bodies are written against, once for all instruction sets: the compiler's vector extensions
+// for arithmetic, and for what these compile badly (16-bit conversions, the 32 x 32 -> 64 multiply) a header per set.
+// Everything is in an anonymous namespace inside the set's own: differently compiled copies must not merge at link
+// time.
 #pragma once
 
 #include "common/dtype.h"

@@ -1,0 +1,27 @@
+// The kernels of gemm_cpu of one instruction set.
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace pylora {
+
+/// Rows that one pass over the weight serves; their sums, f32 [rows, columns], are what the workspace holds.
+constexpr int64_t kGemmBlockRows = 192;
+/// Most rows that are multiplied without packing the weight.
+constexpr int64_t kGemvRows = 3;
+/// Columns are shared out in multiples of this: a tile of the widest instruction set.
+constexpr int64_t kGemmColumnTile = 32;
+
+constexpr int64_t gemm_sums_stride(int64_t columns) {
+  return (columns + kGemmColumnTile - 1) / kGemmColumnTile * kGemmColumnTile;
+}
+
+struct GemmKernels {
+  /// Columns [begin, end) of y; begin is a multiple of kGemmColumnTile.
+  using Gemm = void (*)(int64_t begin, int64_t end, const GemmArgs& args);
+  // Indexed by DType; f64 has none.
+  Gemm gemm[kNumDTypes];
+  Gemm gemv[kNumDTypes];
+};
+
+}  // namespace pylora

@@ -1,0 +1,117 @@
+// gemm_cpu without torch: both layouts of the weight, few and many rows, ends in every direction, each instruction set.
+#include "cpu/gemm.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cpu/isa.h"
+
+using namespace pylora;
+
+namespace {
+
+std::vector<float> normal(int64_t count, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> distribution;
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values)
+    value = distribution(generator);
+  return values;
+}
+
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float from_bf16(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+/// Runs as three threads would, in one: ranges in reverse, so that a range that reads another's results shows.
+Context three_ranges() {
+  Context context;
+  context.run_ranges = [](int64_t count, int64_t, RangeBody call, void* body) {
+    const int64_t third = (count + 2) / 3;
+    for (int64_t begin = third * 2; begin >= 0; begin -= third)
+      if (begin < count) call(body, begin, begin + third < count ? begin + third : count);
+  };
+  return context;
+}
+
+void check_product(int64_t rows, int64_t columns, int64_t depth, DType dtype, bool transposed) {
+  std::vector<float> x = normal(rows * depth, 1), w = normal(columns * depth, 2), bias = normal(columns, 3);
+  std::vector<float> y(static_cast<size_t>(rows * columns));
+  std::vector<uint16_t> x16, w16, bias16, y16(y.size());
+  for (auto [from, to] : {std::pair{&x, &x16}, {&w, &w16}, {&bias, &bias16}}) {
+    for (float& value : *from) {
+      to->push_back(to_bf16(value));
+      if (dtype == DType::bf16) value = from_bf16(to->back());
+    }
+  }
+  const bool narrow = dtype == DType::bf16;
+  GemmArgs args;
+  args.rows = rows;
+  args.columns = columns;
+  args.depth = depth;
+  args.dtype = dtype;
+  args.x = {narrow ? static_cast<const void*>(x16.data()) : x.data(), depth, 1};
+  args.w = {narrow ? static_cast<const void*>(w16.data()) : w.data(), transposed ? 1 : depth, transposed ? columns : 1};
+  args.bias = narrow ? static_cast<const void*>(bias16.data()) : bias.data();
+  args.y = {narrow ? static_cast<void*>(y16.data()) : y.data(), columns, 1};
+  const size_t bytes = static_cast<size_t>(gemm_workspace_bytes(args) + 64) / 64 * 64;
+  const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, bytes), &std::free);
+  std::memset(workspace.get(), 0xff, bytes);
+  args.workspace = workspace.get();
+
+  CHECK(gemm_cpu(Context{}, args).is_ok(), "%ld x %ld x %ld", long(rows), long(columns), long(depth));
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t o = 0; o < columns; ++o) {
+      double sum = bias[o], size = std::fabs(bias[o]);
+      for (int64_t k = 0; k < depth; ++k) {
+        const double term = double(x[t * depth + k]) * w[transposed ? k * columns + o : o * depth + k];
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double got = narrow ? from_bf16(y16[t * columns + o]) : y[t * columns + o];
+      const double limit = 1e-6 * size + (narrow ? std::fabs(sum) / 256 : 0);
+      CHECK(std::fabs(got - sum) <= limit, "%ld x %ld x %ld at %ld, %ld: %g, expected %g", long(rows), long(columns),
+            long(depth), long(t), long(o), got, sum);
+    }
+  }
+  const std::vector<float> y_once = y;
+  const std::vector<uint16_t> y16_once = y16;
+  CHECK(gemm_cpu(three_ranges(), args).is_ok(), "ranges");
+  CHECK(y == y_once && y16 == y16_once, "same bits for any sharing of the columns");
+}
+
+}  // namespace
+
+int main() {
+  for (Isa isa : kAllIsas) {
+    if (!isa_built(isa) || !isa_supported(isa)) continue;
+    CHECK(set_isa(isa_name(isa)).is_ok(), "%s", isa_name(isa));
+    for (DType dtype : {DType::f32, DType::bf16})
+      for (bool transposed : {false, true})
+        for (int64_t rows : {1, 2, 3, 4, 8, 29, 197})
+          for (int64_t columns : {1, 31, 70})
+            for (int64_t depth : {0, 1, 40, 300})
+              check_product(rows, columns, depth, dtype, transposed);
+    check_product(2, 300, 4100, DType::f32, false);
+    check_product(1, 300, 4100, DType::bf16, false);
+  }
+  GemmArgs wide;
+  wide.rows = 1;
+  wide.dtype = DType::f64;
+  CHECK(!gemm_is_better(wide) && !gemm_cpu(Context{}, wide).is_ok(), "f64 is torch's");
+  return test::failures() == 0 ? 0 : 1;
+}
