@@ -18,6 +18,54 @@ logger = logging.getLogger(__name__)
 CARD_NAME = "README.md"
 _VERSIONS_HEADING = "### Framework versions"
 _QUANTIZATION_HEADING = "### Quantization of the base model"
+_LISTED_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+    "task_type",
+)
+
+# The front matter is filled in by the hub's own class. What only the author knows is asked for in brackets.
+_BODY = """---
+{{}}
+---
+
+# LoRA adapter for {name}
+
+Weights and configuration of a LoRA adapter in the format of PEFT. They change nothing by themselves: they are loaded
+onto their base model, {name}.
+
+| setting | value |
+| --- | --- |
+{settings}
+## Use
+
+```python
+from pylora import PeftModel  # or: from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+
+`model.merge_and_unload()` adds the adapter to the weights and gives the base model back. To go on training, load with
+`is_trainable=True`.
+
+## About this adapter
+
+- **Made by:** [who trained it]
+- **Purpose:** [what it should make the model better at, in which languages]
+- **Training data:** [source, size, licence, how it was cleaned]
+- **Training:** [loss, optimizer, learning rate, steps, batch size, dtype, hardware]
+- **Evaluation:** [on what, with which result; the base model's result beside it]
+- **Limits and risks:** [where it fails, what it should not be used for]
+- **Licence:** [that of the base model applies as well]
+"""
 
 
 def model_card_text(model: PeftModel, existing: Path | None = None) -> str | None:
@@ -56,13 +104,21 @@ def model_card_text(model: PeftModel, existing: Path | None = None) -> str | Non
 
 def _new_body(model: PeftModel) -> str:
     name = _base_config(model).get("_name_or_path") or type(model.get_base_model()).__name__
-    return (
-        "---\n{}\n---\n\n"
-        f"# LoRA adapter for {name}\n\n"
-        "Weights and configuration of an adapter in the format of PEFT. Load it onto its base model:\n\n"
-        "```python\nfrom pylora import PeftModel  # or: from peft import PeftModel\n\n"
-        'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")\n```\n'
-    )
+    return _BODY.format(name=name, settings=_settings_table(model))
+
+
+def _settings_table(model: PeftModel) -> str:
+    """What is set to something, of the adapter that the folder itself is for, or else of the active one."""
+    config = model.peft_config.get("default") or model.active_peft_config
+    rows = []
+    for name in _LISTED_SETTINGS:
+        value = getattr(config, name, None)
+        if isinstance(value, (set, frozenset)):
+            value = sorted(value)
+        if value not in (None, [], {}, False):
+            text = str(value).replace("|", "\\|")  # a regular expression may hold what ends a table's cell
+            rows.append(f"| `{name}` | `{text}` |\n")
+    return "".join(rows)
 
 
 def _tags(model: PeftModel) -> list[str]:

@@ -537,6 +537,14 @@ class TestModelCard:
         assert data["pipeline_tag"] == "text-generation"
         assert set(data["tags"]) == {"lora", "transformers", "mine", f"base_model:adapter:{base_id}"}
 
+    def test_a_new_card_tells_the_settings_and_asks_for_the_rest(self, tmp_path):
+        make(r=3, target_modules="lin0|lin1", lora_dropout=0.1).save_pretrained(tmp_path)
+        text = (tmp_path / CARD).read_text()
+        for line in ("| `r` | `3` |", "| `lora_dropout` | `0.1` |", r"| `target_modules` | `lin0\|lin1` |"):
+            assert line in text.splitlines()
+        assert "use_dora" not in text
+        assert "**Training data:** [" in text
+
     def test_an_existing_card_is_brought_up_to_date(self, tmp_path):
         (tmp_path / CARD).write_text("---\nlicense: mit\ntags:\n- own\n---\n\n# My words\n")
         model = make()
