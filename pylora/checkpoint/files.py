@@ -119,8 +119,13 @@ class StagedFiles:
             self._created.append(path)
 
     def publish(self) -> None:
-        """Moves every staged file into place. All that can fail is tried before the first file is moved."""
+        """Moves every staged file into place. All that can fail is tried before the first file is moved.
+
+        Each move is atomic, all of them together are not: weights go first, so that a process killed between two moves
+        leaves a configuration that is older than its weights, and never one whose weights are not there.
+        """
         moves = [(path, folder / path.name) for folder, staging in self._staging.items() for path in staging.iterdir()]
+        moves.sort(key=lambda move: (move[1].suffix == ".json", str(move[1])))
         for source, target in moves:
             if target.is_dir():
                 raise IsADirectoryError(f"cannot write {os.fspath(target)!r}: a folder has that name")

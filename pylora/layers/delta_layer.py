@@ -152,8 +152,8 @@ class DeltaLayer(nn.Module, LoraLayer):
         self._require_mergeable(names, safe_merge)
         deltas = self._deltas(names)
         merge_into_base(self._base_weight(), self._base_bias(), deltas, safe_merge)
-        # Kept, as what a variant computes of the unmerged weight cannot be computed again while it is merged.
-        self._caches.update({_merged_key(delta.adapter_name): delta for delta in deltas})
+        # Kept, as the factors may change while merged, and what a variant makes of the unmerged weight is out of reach.
+        self._caches.update({_merged_key(delta.adapter_name): delta.snapshot() for delta in deltas})
         self.merged_adapters.extend(names)
 
     def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -43,6 +43,10 @@ class Delta(NamedTuple):
     bias: torch.Tensor | None = None
     row_scale: RowScale | None = None
 
+    def snapshot(self) -> Delta:
+        """The same with factors of its own: what was merged stays known when the adapter trains or is loaded anew."""
+        return self._replace(a=self.a.clone(), b=self.b.clone())
+
 
 class MergedValues(NamedTuple):
     """A weight ([out, in]) and bias, to be stored; `bias` is None where no adapter changes it."""

@@ -46,6 +46,19 @@ def test_merged_layer_computes_what_the_unmerged_does(make_layer, base, adapters
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_factors_that_change_while_merged_do_not_stay_in_the_base_weight(make_layer) -> None:
+    """As when a checkpoint is loaded into a merged adapter."""
+    layer = make_layer(adapters=2)
+    before = layer.base_layer.weight.clone()
+    layer.merge()
+    with torch.no_grad():
+        for name in layer.active_adapters:
+            layer.lora_A[name].weight.mul_(-3.0)
+            layer.lora_B[name].weight.add_(1.0)
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.weight, before, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, None])

@@ -64,7 +64,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), scale=st.sampled_from([-1.0, 0.5, 2.0]))
     def train(self, name: str, scale: float) -> None:
-        """Edit an adapter in place, as an optimizer does. Not while merged: the delta to take out would be another."""
+        """Edit an adapter in place, as an optimizer does. Not while merged: the output stays what was merged."""
         if name in self.weights and not self.merged:
             for layer in self.weights[name]:
                 self.model.model.get_submodule(layer).lora_B[name].weight.data.mul_(scale)
