@@ -121,7 +121,7 @@ class _Dora(LoraVariant):
         """magnitude / norm for each row, [out], differentiable by the magnitude."""
         base_weight = module.get_base_layer().weight
         magnitude = module.lora_magnitude_vector[name]
-        matrix = module._base_weight().read()
+        matrix = module._base_weight().as_matrix(base_weight.detach())
         factors = cls._factors(module, name)
         norm = magnitude.norm(
             lambda: cls._row_norms(module, name, matrix, matrix.device), (base_weight, *factors), module.scaling[name]
@@ -213,7 +213,8 @@ class DoraLinearVariant(_DoraOnModules):
 
     @staticmethod
     def _base_without_bias(module: Any, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, module._base_weight().read().to(x.dtype))
+        weight = module.get_base_layer().weight
+        return F.linear(x, module._base_weight().as_matrix(weight).to(x.dtype))
 
 
 class _DoraConvNdVariant(_DoraOnModules):

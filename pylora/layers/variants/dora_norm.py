@@ -13,7 +13,6 @@ _BLOCK_ELEMENTS = 1 << 22
 _CANCELLED = 1e-3
 
 
-@torch.no_grad()
 def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: Any) -> torch.Tensor:
     """The Euclidean norm of each row of W + scaling · B·A.
 
@@ -29,6 +28,15 @@ def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: A
     Returns:
         [out], f64. No gradient flows through it. On the meta device if one of the arguments is.
     """
+    if torch.compiler.is_compiling():
+        # One node of the graph: which rows cancel depends on the data, and would break it.
+        as_tensor = torch.as_tensor(scaling, dtype=torch.float64)
+        return _traced_row_norms(weight.detach(), a.detach(), b.detach(), as_tensor)
+    return _row_norms(weight, a, b, scaling)
+
+
+@torch.no_grad()
+def _row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: Any) -> torch.Tensor:
     if weight.is_meta or a.is_meta or b.is_meta:
         return torch.empty(weight.shape[0], dtype=torch.float64, device="meta")
     device = weight.device
@@ -42,6 +50,16 @@ def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: A
             for start in range(0, weight.shape[0], rows)
         ]
     return torch.cat(squares).sqrt() if squares else torch.empty(0, dtype=torch.float64, device=device)
+
+
+@torch.library.custom_op("pylora::dora_row_norms", mutates_args=())
+def _traced_row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
+    return _row_norms(weight, a, b, scaling)
+
+
+@_traced_row_norms.register_fake
+def _(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
+    return weight.new_empty(weight.shape[0], dtype=torch.float64)
 
 
 def _block_squares(

@@ -355,3 +355,18 @@ def test_training_reaches_the_same_weights_as_peft(both, ids):
     expected = theirs.state_dict()
     for key, value in ours.state_dict().items():
         assert_close(value, expected[key], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_to_one_graph(make, training):
+    model = make(pylora, targets=["lin", "nobias", "emb", "conv2"], lora_dropout=0.1).train(training)
+    for name in ("lin", "emb", "conv2"):
+        layer = model.base_model.model.get_submodule(name)
+        x = {"lin": torch.randn(3, 8), "emb": torch.arange(6), "conv2": torch.randn(2, 1, 6, 6)}[name]
+        torch.manual_seed(1)
+        expected = layer(x)
+        torch.manual_seed(1)
+        actual = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        assert_close(actual, expected)
+        actual.sum().backward()
+        assert layer.lora_magnitude_vector["default"].weight.grad is not None

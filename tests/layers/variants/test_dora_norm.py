@@ -112,3 +112,12 @@ def test_nothing_of_the_weight_s_size_is_made(monkeypatch, dtype):
 
 def test_no_elements():
     assert row_norms(torch.zeros(0, 4), torch.zeros(2, 4), torch.zeros(0, 2), 1.0).shape == (0,)
+
+
+def test_in_a_compiled_graph():
+    weight, a, b = factors(6, 50)
+    weight[2] = -(b[2] @ a)  # a row that cancels
+    compiled = torch.compile(lambda *args: row_norms(*args) * 2, backend="eager", fullgraph=True)
+    for scaling in (1.0, torch.tensor(0.5)):
+        assert_close(compiled(weight, a, b, scaling), row_norms(weight, a, b, scaling) * 2)
+    torch.library.opcheck(dora_norm._traced_row_norms, (weight, a, b, torch.tensor(0.5, dtype=torch.float64)))
