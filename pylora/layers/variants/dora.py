@@ -185,7 +185,7 @@ class _DoraOnModules(_Dora):
         raise NotImplementedError
 
     @staticmethod
-    def _along_output(vector: torch.Tensor, output: torch.Tensor, base_layer: Any) -> torch.Tensor:
+    def _along_output(vector: torch.Tensor, base_layer: Any) -> torch.Tensor:
         """A value for each output feature, shaped to be multiplied with the output."""
         return vector
 
@@ -193,17 +193,18 @@ class _DoraOnModules(_Dora):
     def forward(
         cls, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
+        """As `LoraVariant.forward`. Without dropout the running result stands in for the base layer's output."""
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout = module.lora_dropout[active_adapter]
         base_layer = module.get_base_layer()
         x = module._cast_input_dtype(x, lora_a.weight.dtype)
         if isinstance(dropout, nn.Identity) or not module.training:
             bias = base_layer.bias
-            base_result = result if bias is None else result - cls._along_output(bias, result, base_layer)
+            base_result = result if bias is None else result - cls._along_output(bias, base_layer)
         else:
             x = dropout(x)
             base_result = cls._base_without_bias(module, x)
-        factor = cls._along_output(cls._factor(module, active_adapter), result, base_layer)
+        factor = cls._along_output(cls._factor(module, active_adapter), base_layer)
         return result + ((factor - 1) * base_result + factor * lora_b(lora_a(x)) * module.scaling[active_adapter])
 
 
@@ -245,7 +246,7 @@ class _DoraConvNdVariant(_DoraOnModules):
         return base_layer._conv_forward(x, base_layer.weight.to(x.dtype), None)
 
     @staticmethod
-    def _along_output(vector: torch.Tensor, output: torch.Tensor, base_layer: Any) -> torch.Tensor:
+    def _along_output(vector: torch.Tensor, base_layer: Any) -> torch.Tensor:
         return vector.view(-1, *(1 for _ in base_layer.kernel_size))
 
 
