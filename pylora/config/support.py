@@ -7,7 +7,8 @@ nothing a configuration asks for is silently left out. The change that brings a 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pylora.errors import UnsupportedFeatureError
@@ -37,6 +38,30 @@ _MISSING: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("arrow_config", _given),
     ("kasa_config", _given),
 )
+
+
+# Schemes whose adapters, once trained, are plain LoRA on an unchanged base weight. MiCA also keeps B from training.
+_PLAIN_ONCE_TRAINED = ("eva", "lora_ga")
+
+
+@contextmanager
+def as_trained(config: Any) -> Iterator[None]:
+    """For the time of a load, ask for the default start where the file's weights make a missing one needless.
+
+    Afterwards the configuration is what it was. A base weight that a scheme changes has to be changed all the same, so
+    those schemes are asked for as they are.
+    """
+    scheme = getattr(config, "init_lora_weights", None)
+    plain = scheme in _PLAIN_ONCE_TRAINED or (str(scheme).lower() == "mica" and config.inference_mode)
+    if not plain:
+        yield
+        return
+    settings = config.lora_ga_config
+    config.init_lora_weights, config.lora_ga_config = True, None
+    try:
+        yield
+    finally:
+        config.init_lora_weights, config.lora_ga_config = scheme, settings
 
 
 def require_supported(config: Any) -> None:

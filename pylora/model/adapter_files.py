@@ -22,6 +22,7 @@ from pylora.checkpoint.keys import LORA_PREFIX, checked_adapter_name
 from pylora.checkpoint.load import load_peft_weights, plan_load
 from pylora.checkpoint.save import stage_weights, warn_if_shadowed
 from pylora.config import PeftConfig
+from pylora.config.support import as_trained
 from pylora.errors import UnsupportedFeatureError
 from pylora.init import base_updates_at_end
 from pylora.model.model_card import CARD_NAME, model_card_text
@@ -167,7 +168,7 @@ class AdapterFiles:
         before = ModelSnapshot(model)
         try:
             # The base weights change only once the adapter's tensors fit; see `base_updates_at_end`.
-            with base_updates_at_end():
+            with base_updates_at_end(), as_trained(config):
                 wrapped = peft_model_class(config, default)(
                     model,
                     config,
@@ -229,12 +230,13 @@ class AdapterFiles:
                     config.inference_mode = not is_trainable
                     if hasattr(config, "runtime_config"):
                         config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
-                    model.add_adapter(
-                        adapter_name,
-                        config,
-                        low_cpu_mem_usage=low_cpu_mem_usage,
-                        autocast_adapter_dtype=autocast_adapter_dtype,
-                    )
+                    with as_trained(config):
+                        model.add_adapter(
+                            adapter_name,
+                            config,
+                            low_cpu_mem_usage=low_cpu_mem_usage,
+                            autocast_adapter_dtype=autocast_adapter_dtype,
+                        )
                 result = self._fill_adapter(
                     adapter_name,
                     weights,

@@ -115,6 +115,13 @@ def test_heads_and_embeddings_go_along(scheme, tmp_path):
     torch.testing.assert_close(loaded(X), model(X), rtol=1e-4, atol=1e-5)
 
 
+def test_dora_keeps_its_magnitudes(tmp_path):
+    model = trained(pylora, tmp_path / "init", use_dora=True)
+    model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "init")
+    loaded = pylora.PeftModel.from_pretrained(net(), tmp_path / "out")
+    torch.testing.assert_close(loaded(X), model(X), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA")
 @pytest.mark.parametrize("pattern", [{"rank_pattern": {"q": 2}}, {"alpha_pattern": {"q": 5}}], ids=str)
 def test_rslora_with_patterns_is_refused(pattern, tmp_path):

@@ -1,6 +1,7 @@
 """Initialisers that change the base weight, through a model: beside PEFT, saved, loaded, and taken back on failure."""
 
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -234,3 +235,53 @@ class TestLoftQ:
     def test_needs_its_settings(self):
         with pytest.raises(ValueError, match="loftq_config"):
             pylora.LoraConfig(init_lora_weights="loftq")
+
+
+class TestSchemesThatComeLater:
+    """Their trained adapters are plain LoRA, so that files of PEFT's load."""
+
+    def saved(self, folder, scheme):
+        trained = wrap(pylora, False)
+        trained.save_pretrained(folder)
+        file = folder / "adapter_config.json"
+        text = json.loads(file.read_text())
+        text["init_lora_weights"] = scheme
+        text["eva_config"] = vars(pylora.config.EvaConfig()) if scheme == "eva" else None
+        text["lora_ga_config"] = vars(pylora.config.LoraGAConfig()) if scheme == "lora_ga" else None
+        file.write_text(json.dumps(text))
+        return trained
+
+    @pytest.mark.parametrize("scheme", ["eva", "lora_ga", "mica"])
+    def test_a_file_loads(self, scheme, tmp_path):
+        trained = self.saved(tmp_path, scheme)
+        loaded = pylora.PeftModel.from_pretrained(net(), tmp_path)
+        assert torch.equal(loaded(X), trained(X))
+        assert loaded.peft_config["default"].init_lora_weights == scheme
+        assert (loaded.peft_config["default"].lora_ga_config is not None) is (scheme == "lora_ga")
+        model = wrap(pylora, True)
+        model.load_adapter(tmp_path, "other")
+        model.set_adapter("other")
+        torch.testing.assert_close(model(X), trained(X))
+
+    @pytest.mark.filterwarnings("ignore:CorDA changes", "ignore:.*corda_config")
+    @pytest.mark.parametrize(("scheme", "is_trainable"), [("corda", False), ("mica", True)])
+    def test_what_the_weights_do_not_say_is_refused(self, scheme, is_trainable, tmp_path):
+        self.saved(tmp_path, scheme)
+        with pytest.raises(pylora.UnsupportedFeatureError, match="init_lora_weights"):
+            pylora.PeftModel.from_pretrained(net(), tmp_path, is_trainable=is_trainable)
+
+    @pytest.mark.filterwarnings("ignore:.*eva_config")
+    def test_a_new_adapter_is_refused(self):
+        with pytest.raises(pylora.UnsupportedFeatureError, match="'eva'"):
+            wrap(pylora, "eva")
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "olora"])
+def test_dora_s_magnitudes_are_those_of_the_whole_weight(scheme):
+    mine, theirs = wrap(pylora, scheme, use_dora=True), wrap(peft, scheme, use_dora=True)
+    for name in ("q", "v"):
+        layer, expected = (model.base_model.model.get_submodule(name) for model in (mine, theirs))
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        torch.testing.assert_close(magnitude, net().get_submodule(name).weight.norm(dim=1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(magnitude, expected.lora_magnitude_vector["default"].weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine(X), net()(X), rtol=1e-4, atol=1e-5)
