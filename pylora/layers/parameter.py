@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from pylora.errors import UnsupportedFeatureError
 from pylora.layers.base_weight import DenseBaseWeight
 from pylora.layers.delta_layer import DeltaLayer
+from pylora.layers.lazy_weight import LazyWeight, Parts, as_dense
 
 # Settings without a meaning here, and how a message goes on.
 _NO_MEANING = (
@@ -33,8 +35,9 @@ class ParamWrapper(DeltaLayer):
     [experts · rank, in], expert by expert, and `lora_B` [out, rank · experts], in which the expert changes fastest.
     Wrappers nest to adapt several parameters of a module.
 
-    The sum is made in one operation, for all active adapters together, before the module runs: no delta of the
-    parameter's size exists beside it. The parameter itself is not written.
+    Where the module only indexes and multiplies the parameter, the sum is never made, see `LazyWeight`; otherwise it is
+    made in one operation for all active adapters together. No delta of the parameter's size exists in either case. The
+    parameter itself is not written.
 
     Args:
         base_layer: The module, or a wrapper of it for another parameter.
@@ -176,7 +179,7 @@ class ParamWrapper(DeltaLayer):
         base, name = self.get_base_layer(), self.parameter_name
         if parametrize.is_parametrized(base, name):
             chain: Any = base.parametrizations[name]  # type: ignore[index]
-            last = _Adapted(lambda value: self._effective(value, names))
+            last = _Adapted(lambda value: as_dense(self._adapted_value(value, names)))
             chain.append(last)
             try:
                 with parametrize.cached():
@@ -186,7 +189,7 @@ class ParamWrapper(DeltaLayer):
             return
         # An attribute of the instance is found before nn.Module looks among its parameters.
         outer = base.__dict__.get(name)
-        object.__setattr__(base, name, self._effective(base._parameters[name], names))
+        object.__setattr__(base, name, self._adapted_value(base._parameters[name], names))
         try:
             yield
         finally:
@@ -195,7 +198,7 @@ class ParamWrapper(DeltaLayer):
             else:
                 object.__setattr__(base, name, outer)
 
-    def _effective(self, weight: Any, names: list[str]) -> torch.Tensor:
+    def _adapted_value(self, weight: Any, names: list[str]) -> torch.Tensor:
         """W + scaling · B·A of all the adapters, as W is stored, in W's dtype."""
         narrow = weight.dtype.itemsize == 1  # float8, which has no arithmetic
         dtype = torch.float32 if narrow else weight.dtype
@@ -206,14 +209,11 @@ class ParamWrapper(DeltaLayer):
             right.append(rhs.to(dtype))
         lhs = torch.cat(left, dim=-1) if len(left) > 1 else left[0]
         rhs = torch.cat(right, dim=-2) if len(right) > 1 else right[0]
-        # Autocast would change the dtype.
-        with torch.autocast(weight.device.type, enabled=False):
-            add = torch.baddbmm if self._is_stack else torch.addmm
-            total = add(weight.to(dtype), lhs, rhs)
+        parts = Parts(weight.to(dtype), lhs, rhs)
         if not narrow:
-            return total
+            return parts.dense() if _wants_plain_tensors() else LazyWeight.make(parts)
         limits = torch.finfo(weight.dtype)
-        return total.clamp(limits.min, limits.max).to(weight.dtype)
+        return parts.dense().clamp(limits.min, limits.max).to(weight.dtype)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -229,6 +229,13 @@ class ParamWrapper(DeltaLayer):
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("(")
         return f"lora.{head}(\n  parameter_name={self.parameter_name!r},{rest}"
+
+
+def _wants_plain_tensors() -> bool:
+    """Whether torch.compile or a transform (torch.func's, forward-mode differentiation) has to see the operations."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 class _Adapted(nn.Module):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylora
 from pylora import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -208,16 +209,43 @@ def test_a_stack_of_one_expert() -> None:
         torch.testing.assert_close(base.w, before + layer.get_delta_weight("default"))
 
 
-def test_one_sum_a_parameter_and_forward(monkeypatch) -> None:
-    """All adapters go into one operation; nothing of the stack's size is made beside its result."""
-    model = make()
-    model.add_adapter("other", LoraConfig(target_modules=[], target_parameters=BOTH, init_lora_weights=False))
+class Sizes(TorchDispatchMode):
+    """Notes the sizes of all results that have storage of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if type(result) is torch.Tensor and not func.is_view:
+            self.seen.add(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("experts", [Experts, TransposedExperts])
+def test_nothing_of_the_stack_s_size_is_made(experts) -> None:
+    model = make(experts)
+    model.add_adapter("other", LoraConfig(target_modules=[], target_parameters=BOTH, init_lora_weights=False, r=1))
     model.base_model.set_adapter(["default", "other"])
+    x = torch.randn(1, DIM)
+    with Sizes() as sizes:
+        model(x).sum().backward()
+    assert max(sizes.seen) < EXPERTS * HIDDEN * DIM
+    assert wrappers(model)["up"].lora_A["default"].weight.grad.any()
+
+
+def test_other_uses_make_one_sum(monkeypatch) -> None:
+    model = make(target_parameters=["experts.up"])
+    model.add_adapter("other", LoraConfig(target_modules=[], target_parameters=["experts.up"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    experts = model.base_model.model.block["experts"].get_base_layer()
+    experts.forward = lambda x: (experts.up.sum() + (experts.up * 2).mean()) * x
     calls = []
     original = torch.baddbmm
     monkeypatch.setattr(torch, "baddbmm", lambda *args: calls.append(args[1].shape[-1]) or original(*args))
     model(torch.randn(1, DIM))
-    assert calls == [2 + 8, 2 + 8]
+    assert calls == [2 + 8]
 
 
 def test_autocast_keeps_the_parameter_s_dtype() -> None:
@@ -421,3 +449,47 @@ def test_low_cpu_mem_usage(tmp_path) -> None:
     loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
     x = torch.randn(2, DIM)
     torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_experts(implementation, dtype) -> None:
+    """The three ways in which transformers runs experts, against the merged model."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        experts_implementation=implementation,
+    )
+    model = Qwen3MoeForCausalLM(config).to(dtype).eval()
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(
+        model, LoraConfig(r=3, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    )
+    ids = torch.arange(14).view(2, 7)
+    tolerance = 1e-4 if dtype is torch.float32 else 5e-2
+    logits = model(input_ids=ids).logits
+    logits.float().square().sum().backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if "lora_" in name)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=tolerance, atol=tolerance)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=tolerance, atol=tolerance)
+
+
+def test_compile_and_transforms_see_plain_tensors() -> None:
+    model = make()
+    wrapper = model.base_model.model.block["experts"]
+    x = torch.randn(2, DIM)
+    torch.testing.assert_close(torch.compile(wrapper, backend="eager")(x), wrapper(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(wrapper)(x), wrapper(x), rtol=1e-4, atol=1e-4)
