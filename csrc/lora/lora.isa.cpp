@@ -1,6 +1,7 @@
 // The lora kernels, written once and compiled per instruction set. Tiles hold 12 accumulators (3 tokens x 4 ranks, 6
 // tokens x 2 vectors): with AVX2's 16 registers that leaves room for the operands, and hides the latency of an FMA.
 #include "cpu/simd/dropout.h"
+#include "cpu/simd/transpose.h"
 #include "cpu/simd/vec.h"
 #include "lora/kernels.h"
 
@@ -298,12 +299,41 @@ Accumulator<F> get(const F* p) {
   return load_partial(p, 1)[0];
 }
 
+/// Rows [0, rows) and as many columns as whole blocks cover of a matrix whose columns are contiguous (a transposed
+/// view, as B is); answers how many columns those are.
+template <class F>
+int64_t convert_transposed(ConstMatrix m, int64_t rows, int64_t columns, float* out) {
+  constexpr int kL = kLanes<float>;
+  const int64_t whole_rows = rows / kL * kL, whole_columns = columns / kL * kL;
+  const F* data = static_cast<const F*>(m.data);
+  for (int64_t j = 0; j < whole_columns; j += kL) {
+    for (int64_t i = 0; i < whole_rows; i += kL) {
+      Vec<float> block[kL];
+#pragma GCC unroll 16
+      for (int n = 0; n < kL; ++n)
+        block[n] = load(data + (j + n) * m.column_stride + i);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int n = 0; n < kL; ++n)
+        store(out + (i + n) * columns + j, block[n]);
+    }
+    for (int64_t i = whole_rows; i < rows; ++i)
+      for (int64_t n = j; n < j + kL; ++n)
+        out[i * columns + n] = get(data + n * m.column_stride + i);
+  }
+  return whole_columns;
+}
+
 template <class F, class C>
 void convert(ConstMatrix m, int64_t rows, int64_t columns, void* out_data) {
   C* out = static_cast<C*>(out_data);
+  int64_t done = 0;
+  if constexpr (kSame<C, float> && kSame<Accumulator<F>, float>) {
+    if (m.row_stride == 1 && m.column_stride != 1) done = convert_transposed<F>(m, rows, columns, out);
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const F* row = row_of<F>(m, i);
-    int64_t j = 0;
+    int64_t j = done;
     if constexpr (kSame<Accumulator<F>, C>) {
       if (m.column_stride == 1)
         for (; j + kLanes<C> <= columns; j += kLanes<C>)
