@@ -60,6 +60,35 @@ def top_singular_triplets(matrix: torch.Tensor, rank: int) -> SingularTriplets:
     return SingularTriplets(u[:, :rank], s[:rank], vh[:rank])
 
 
+@torch.no_grad()
+def randomised_triplets(matrix: torch.Tensor, rank: int, iterations: int) -> SingularTriplets:
+    """What `torch.svd_lowrank(matrix, rank, niter=iterations)` computes, from the same random numbers.
+
+    Halko et al., https://arxiv.org/abs/0909.4061, algorithm 5.1. Products with Wᵀ are written as Qᵀ·W, which reads W in
+    the order of its storage: twice as fast on a CPU.
+
+    Args:
+        matrix: [rows, columns], float32 or float64.
+        rank: How many; more than min(rows, columns) are cut to that.
+        iterations: Subspace iterations, 0 or more.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        flipped = randomised_triplets(matrix.t(), rank, iterations)
+        return SingularTriplets(flipped.vh.t(), flipped.s, flipped.u.t())
+    start = torch.randn(matrix.shape[1], rank, dtype=matrix.dtype, device=matrix.device)
+    q = torch.linalg.qr(_product(matrix, start)).Q
+    for _ in range(iterations):
+        q = torch.linalg.qr(_product(matrix.t(), q)).Q
+        q = torch.linalg.qr(_product(matrix, q)).Q
+    u, s, vh = torch.linalg.svd(q.t() @ matrix, full_matrices=False)
+    return SingularTriplets(q @ u, s, vh)
+
+
+def _product(matrix: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """matrix · narrow, arranged so that the large operand is read in the order of its storage."""
+    return matrix @ narrow if matrix.is_contiguous() else (narrow.t() @ matrix.t()).t()
+
+
 def _iterate(matrix: torch.Tensor, rank: int) -> SingularTriplets | None:
     """The triplets by iteration, or None where it does not find them."""
     generator = torch.Generator().manual_seed(0)

@@ -125,3 +125,28 @@ def test_under_a_device_context():
     with torch.device("meta"):
         u, _, _ = top_singular_triplets(matrix, 4)
     assert u.device.type == "cpu"
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (25, 25)])
+def test_randomised_is_torch_s(shape, iterations):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for view in (matrix, matrix.t().contiguous().t()):
+        torch.manual_seed(1)
+        u, s, vh = module.randomised_triplets(view, 6, iterations)
+        state = torch.get_rng_state()
+        torch.manual_seed(1)
+        left, values, right = torch.svd_lowrank(view, 6, niter=iterations)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.testing.assert_close(s, values, rtol=1e-4, atol=1e-5)
+        signs = (u * left).sum(dim=0).sign()  # rounding may turn a pair of vectors round
+        torch.testing.assert_close(u * signs, left, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(vh.t() * signs, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_randomised_with_a_rank_that_is_larger_than_the_matrix(iterations):
+    matrix = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    u, s, vh = module.randomised_triplets(matrix, 7, iterations)
+    assert s.shape == (5,)
+    torch.testing.assert_close((u * s) @ vh, matrix, rtol=1e-4, atol=1e-5)

@@ -75,7 +75,7 @@ def test_files_beside_peft(kwargs, safe_serialization, tmp_path):
     else:
         mine, theirs = (torch.load(folder / "adapter_model.bin", weights_only=True) for folder in folders)
     assert mine.keys() == theirs.keys()
-    if kwargs.get("scheme") == "pissa":  # singular vectors have free signs, which training then followed
+    if str(kwargs.get("scheme")).startswith("pissa"):  # singular vectors have free signs, which training then followed
         assert all(mine[key].shape == theirs[key].shape for key in mine)
     else:
         for key, tensor in theirs.items():
