@@ -129,7 +129,7 @@ class LoraLayer(BaseTunerLayer):
         variant = self.resolve_lora_variant(config=config)
         if variant is not None:
             variant.check(self, r, config)
-        if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
+        if config.lora_bias and self._base_bias() is None:
             warnings.warn(
                 f"`lora_bias=True` was passed but the targeted layer of type {type(self.get_base_layer()).__name__} "
                 "has no bias. This means that merging LoRA weights won't be possible.",
@@ -174,6 +174,10 @@ class LoraLayer(BaseTunerLayer):
 
     def _check_adapter(self, r: int, config: Any) -> None:
         """Raise ValueError when this kind of layer cannot have an adapter of this rank and configuration."""
+
+    def _base_bias(self) -> torch.Tensor | None:
+        """The base layer's bias, if it has one."""
+        return getattr(self.get_base_layer(), "bias", None)
 
     def _new_factors(self, r: int, config: Any) -> tuple[Any, Any]:
         """New entries for the containers of A and of B, with undefined values."""

@@ -78,9 +78,6 @@ class DeltaLayer(nn.Module, LoraLayer):
         """
         raise NotImplementedError
 
-    def _base_bias(self) -> torch.Tensor | None:
-        return getattr(self.get_base_layer(), "bias", None)
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output with the active adapters' added.
 
