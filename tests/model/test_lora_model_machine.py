@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import nn
 
 from pylora.config import LoraConfig
+from pylora.layers.variants import DoraCaching
 from pylora.model.lora_model import LoraModel
 
 LAYERS = ("0", "2")
@@ -21,7 +22,7 @@ NAMES = ("default", "b", "c")
 
 
 class Lifecycle(RuleBasedStateMachine):
-    """Two dense layers (8 -> 12 -> 6), up to three adapters."""
+    """Two dense layers (8 -> 12 -> 6), up to three adapters, each plain or with DoRA."""
 
     @initialize()
     def wrap(self) -> None:
@@ -29,13 +30,18 @@ class Lifecycle(RuleBasedStateMachine):
         base = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6)).requires_grad_(False)
         self.base = copy.deepcopy(base).double()
         self.x = torch.randn(3, 8)
-        self.weights: dict[str, dict[str, torch.Tensor]] = {}
+        self.weights: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor | None]]] = {}
         self.active, self.merged, self.enabled, self.trains = ["default"], False, True, ["default"]
         self.model: Any = LoraModel(base, self.config(4, LAYERS), "default").eval()
         self.remember("default")
 
-    def config(self, rank: int, layers: tuple[str, ...]) -> LoraConfig:
-        return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers), init_lora_weights=False)
+    def teardown(self) -> None:
+        DoraCaching()(enabled=False)
+
+    def config(self, rank: int, layers: tuple[str, ...], use_dora: bool = False) -> LoraConfig:
+        return LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=list(layers), init_lora_weights=False, use_dora=use_dora
+        )
 
     def remember(self, name: str) -> None:
         deltas = {}
@@ -43,13 +49,20 @@ class Lifecycle(RuleBasedStateMachine):
             module = self.model.model.get_submodule(layer)
             if name in getattr(module, "lora_A", {}):
                 a, b = module.lora_A[name].weight.double(), module.lora_B[name].weight.double()
-                deltas[layer] = module.scaling[name] * (b @ a).detach()
+                magnitude = module.lora_magnitude_vector[name].weight if module.use_dora[name] else None
+                kept = None if magnitude is None else magnitude.detach().double()
+                deltas[layer] = (module.scaling[name] * (b @ a).detach(), kept)
         self.weights[name] = deltas
 
-    @rule(name=st.sampled_from(NAMES), rank=st.integers(1, 5), layers=st.sampled_from([LAYERS, ("0",), ("2",)]))
-    def add(self, name: str, rank: int, layers: tuple[str, ...]) -> None:
+    @rule(
+        name=st.sampled_from(NAMES),
+        rank=st.integers(1, 5),
+        layers=st.sampled_from([LAYERS, ("0",), ("2",)]),
+        use_dora=st.booleans(),
+    )
+    def add(self, name: str, rank: int, layers: tuple[str, ...], use_dora: bool) -> None:
         if name not in self.weights:
-            self.model.peft_config[name] = self.config(rank, layers)
+            self.model.peft_config[name] = self.config(rank, layers, use_dora)
             self.model.inject_adapter(self.model.model, name)
             self.merged = False
             self.remember(name)
@@ -67,8 +80,16 @@ class Lifecycle(RuleBasedStateMachine):
         """Edit an adapter in place, as an optimizer does. Not while merged: the output stays what was merged."""
         if name in self.weights and not self.merged:
             for layer in self.weights[name]:
-                self.model.model.get_submodule(layer).lora_B[name].weight.data.mul_(scale)
+                module = self.model.model.get_submodule(layer)
+                with torch.no_grad():
+                    module.lora_B[name].weight.mul_(scale)
+                    if module.use_dora[name]:
+                        module.lora_magnitude_vector[name].weight.add_(0.1)
             self.remember(name)
+
+    @rule(enabled=st.booleans())
+    def cache_norms(self, enabled: bool) -> None:
+        DoraCaching()(enabled=enabled)
 
     @rule(safe=st.booleans())
     def merge(self, safe: bool) -> None:
@@ -107,10 +128,15 @@ class Lifecycle(RuleBasedStateMachine):
             return
         expected = self.x.double()
         for name, module in self.base.named_children():
-            delta = sum((self.weights[a].get(name, 0) for a in self.active), start=torch.zeros(()))
-            weighs = name in LAYERS and self.enabled
-            extra = nn.functional.linear(expected, delta.double()) if weighs and delta.dim() else 0
-            expected = module(expected) + extra
+            if name not in LAYERS or not self.enabled:
+                expected = module(expected)
+                continue
+            weight = module.weight
+            for delta, magnitude in (self.weights[a][name] for a in self.active if name in self.weights[a]):
+                weight = weight + delta
+                if magnitude is not None:
+                    weight = (magnitude / (module.weight + delta).norm(dim=1))[:, None] * weight
+            expected = nn.functional.linear(expected, weight, module.bias)
         torch.testing.assert_close(self.model(self.x).double(), expected, rtol=1e-3, atol=1e-4)
         assert self.model.active_adapters == self.active
         assert sorted(self.model.peft_config) == sorted(self.weights)

@@ -284,15 +284,21 @@ class TestMerge:
         assert_close(layer.base_layer.weight, total.bfloat16())
         assert (layer.base_layer.weight == total.bfloat16()).double().mean() > 0.9
 
-    def test_later_changes_do_not_spoil_the_unmerge(self, make):
-        model = make(pylora, targets=["lin", "conv2"]).eval()
+    @pytest.mark.parametrize("use_dora", [True, False])
+    @pytest.mark.parametrize("change", ["scale", "magnitude", "removal"])
+    def test_later_changes_do_not_spoil_the_unmerge(self, use_dora, change, make):
+        model = make(pylora, targets=["lin", "conv2"], use_dora=use_dora).eval()
         layer = model.base_model.model.lin
         before = layer.base_layer.weight.clone()
-        model.merge_adapter()
-        layer.set_scale("default", 3.0)
-        with torch.no_grad():
-            layer.lora_magnitude_vector["default"].weight.mul_(2)
-        model.unmerge_adapter()
+        layer.merge()
+        if change == "scale":
+            layer.set_scale("default", 3.0)
+        elif change == "removal":
+            layer.delete_adapter("default")
+        elif use_dora:
+            with torch.no_grad():
+                layer.lora_magnitude_vector["default"].weight.mul_(2)
+        layer.unmerge()
         assert_close(layer.base_layer.weight, before, atol=1e-6, rtol=1e-5)
 
     @pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
