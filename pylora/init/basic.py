@@ -9,7 +9,7 @@ from torch import nn
 from pylora.init.registry import Factors, register_init
 
 
-@register_init(True)
+@register_init(True, only_draws=True)
 def kaiming(factors: Factors) -> None:
     """A as torch starts a linear layer (uniform in ±1/sqrt(fan_in)), B zero; an embedding's A zero, B standard normal.
 
@@ -25,7 +25,7 @@ def kaiming(factors: Factors) -> None:
     _zero_bias(factors)
 
 
-@register_init("gaussian")
+@register_init("gaussian", only_draws=True)
 def gaussian(factors: Factors) -> None:
     """A normal with deviation 1/rank, B zero. For an embedding the same as True."""
     if factors.embedding:

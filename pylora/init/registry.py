@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from pylora.init.base_update import BaseUpdate, apply_base_update
+from pylora.init.left_out import are_draws_left_out
 
 
 class MutableWeight(Protocol):
@@ -69,6 +70,7 @@ class _Entry(NamedTuple):
     scheme: InitScheme
     dense_only: bool
     changes_base: bool
+    only_draws: bool = False
 
 
 _SCHEMES: dict[bool | str, _Entry] = {}
@@ -79,7 +81,7 @@ _ANY_CASE = frozenset(("gaussian", "olora"))
 
 
 def register_init(
-    name: bool | str, *, dense_only: bool = False, changes_base: bool = False
+    name: bool | str, *, dense_only: bool = False, changes_base: bool = False, only_draws: bool = False
 ) -> Callable[[InitScheme], InitScheme]:
     """Make the decorated function the scheme that `init_lora_weights=name` chooses.
 
@@ -88,12 +90,13 @@ def register_init(
         dense_only: The scheme is for dense layers. An embedding then starts as with True, as in PEFT, and a
             convolution is refused.
         changes_base: The scheme returns a change of the base weight.
+        only_draws: The scheme does nothing but draw numbers, so that it may be left out before a load.
     """
 
     def register(scheme: InitScheme) -> InitScheme:
         if name in _SCHEMES:
             raise ValueError(f"register_init: {name!r} is taken by {_SCHEMES[name].scheme.__name__}")
-        _SCHEMES[name] = _Entry(scheme, dense_only, changes_base)
+        _SCHEMES[name] = _Entry(scheme, dense_only, changes_base, only_draws)
         return scheme
 
     return register
@@ -121,6 +124,11 @@ def find_init(scheme: Any) -> InitScheme:
         ValueError: there is no such scheme.
     """
     return _find(scheme).scheme
+
+
+def only_draws(scheme: Any) -> bool:
+    """Whether a value of `init_lora_weights` means random numbers alone, which `draws_left_out` leaves out."""
+    return _find(scheme).only_draws
 
 
 def _find(scheme: Any) -> _Entry:
@@ -160,7 +168,8 @@ def init_adapter(
     not made.) Factors on the meta device stay as they are, for weights that are loaded afterwards; the base weight is
     changed all the same, because those weights belong to the changed one.
 
-    Within `base_updates_at_end` the base weight is changed when that context ends.
+    Within `draws_left_out` the schemes that only draw numbers do nothing. Within `base_updates_at_end` the base weight
+    is changed when that context ends.
 
     Args:
         scheme: The value of `init_lora_weights`.
@@ -177,6 +186,8 @@ def init_adapter(
         TypeError: the base weight's dtype is none that the scheme can work with.
     """
     entry = _find(scheme)
+    if entry.only_draws and are_draws_left_out():
+        return
     if entry.dense_only and embedding:
         entry = _SCHEMES[True]
     elif entry.dense_only and a.dim() != 2:

@@ -6,6 +6,7 @@ Names and meaning of attributes and methods follow PEFT 0.21 (tuners/lora/layer.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from pylora.config import require_supported, scaling_for
 from pylora.errors import PeftWarning
-from pylora.init import BaseAccess, init_adapter
+from pylora.init import BaseAccess, draws_left_out, init_adapter
 from pylora.layers.base_weight import is_conv1d
 from pylora.layers.tuner_layer import BaseTunerLayer, params_of, set_layer_requires_grad
 from pylora.layers.variants.protocol import LoraVariant
@@ -76,6 +77,7 @@ class LoraLayer(BaseTunerLayer):
         self.lora_embedding_B = nn.ParameterDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._may_train: set[str] | None = set()
         self.use_dora: dict[str, bool] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
@@ -137,7 +139,8 @@ class LoraLayer(BaseTunerLayer):
                 stacklevel=2,
             )
         lora_a, lora_b = self._new_factors(r, config)
-        self._initialise(lora_a, lora_b, config.init_lora_weights, scaling, config)
+        with nullcontext() if variant is None else draws_left_out(False):  # a variant starts from the factors
+            self._initialise(lora_a, lora_b, config.init_lora_weights, scaling, config)
         dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
 
         self.r[adapter_name] = r
@@ -165,11 +168,19 @@ class LoraLayer(BaseTunerLayer):
                 del container[adapter_name]
 
     def _settle_new_adapter(self, adapter_name: str, inference_mode: bool) -> None:
-        """The new adapter trains if it is active; the other adapters' flags are theirs."""
+        """The new adapter trains if it is active, in the layer's mode; the other adapters' flags are theirs."""
         trainable = adapter_name in self.active_adapters and not inference_mode
-        for _, container in self._adapter_containers():
-            if adapter_name in container:
-                set_layer_requires_grad(container[adapter_name], trainable)
+        if trainable and self._may_train is not None:
+            self._may_train.add(adapter_name)
+        training: bool = self.training  # type: ignore[attr-defined]
+        for container in (self.lora_dropout, *(each for _, each in self._adapter_containers())):
+            if adapter_name not in container:
+                continue
+            item = container[adapter_name]
+            if container is not self.lora_dropout:
+                set_layer_requires_grad(item, trainable)
+            if not training and isinstance(item, nn.Module):
+                item.eval()
         self._freeze_non_trainable_peft_weights([adapter_name])
 
     def _check_adapter(self, r: int, config: Any) -> None:

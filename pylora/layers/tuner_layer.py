@@ -41,6 +41,9 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
     merged_adapters: list[str] = []  # noqa: RUF012 (a default, replaced on instances)
+    # Adapters that this layer's methods may have made trainable, so that a switch need not look at all the others.
+    # None: not kept, look at all.
+    _may_train: set[str] | None = None
     quantization_backend: Any = None
 
     def get_base_layer(self) -> nn.Module:
@@ -129,10 +132,19 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
         if enabled:
             self.set_adapter(self.active_adapters)
         else:
-            for _, container in self._adapter_containers():
-                for layer in container.values():
-                    set_layer_requires_grad(layer, False)
+            self._train_only([])
         self._disable_adapters = not enabled
+
+    def _train_only(self, names: list[str]) -> None:
+        """Make the weights of these adapters trainable and freeze the others'."""
+        for _, container in self._adapter_containers():
+            known = container.keys() if self._may_train is None else {*self._may_train, *self.active_adapters, *names}
+            for name in known:
+                if name in container:
+                    set_layer_requires_grad(container[name], name in names)
+        if self._may_train is not None:
+            self._may_train = set(names)
+        self._freeze_non_trainable_peft_weights(names)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make the named adapters the active ones, and only them trainable.
@@ -142,10 +154,7 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
             inference_mode: Activate them frozen.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for _, container in self._adapter_containers():
-            for name, layer in container.items():
-                set_layer_requires_grad(layer, name in names and not inference_mode)
-        self._freeze_non_trainable_peft_weights(names)
+        self._train_only([] if inference_mode else list(names))
         self._active_adapter = list(names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -157,10 +166,12 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
         """
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
         for _, container in self._adapter_containers():
-            for name, layer in container.items():
-                if name in names:
-                    set_layer_requires_grad(layer, requires_grad)
+            for name in names:
+                if name in container:
+                    set_layer_requires_grad(container[name], requires_grad)
         if requires_grad:
+            if self._may_train is not None:
+                self._may_train |= names
             self._freeze_non_trainable_peft_weights(sorted(names))
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
@@ -189,6 +200,8 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
             container = getattr(self, attr)
             if adapter_name in container:
                 del container[adapter_name]
+        if self._may_train is not None:
+            self._may_train.discard(adapter_name)
         if adapter_name in self.frozen_peft_weight_names:
             del self.frozen_peft_weight_names[adapter_name]
 

@@ -24,7 +24,8 @@ from pylora.checkpoint.save import stage_weights, warn_if_shadowed
 from pylora.config import PeftConfig
 from pylora.config.support import as_trained
 from pylora.errors import UnsupportedFeatureError
-from pylora.init import base_updates_at_end
+from pylora.init import base_updates_at_end, draws_left_out
+from pylora.model.lifecycle import eval_mode, initialise_left_out
 from pylora.model.model_card import CARD_NAME, model_card_text
 from pylora.model.snapshot import ModelSnapshot
 
@@ -168,7 +169,7 @@ class AdapterFiles:
         before = ModelSnapshot(model)
         try:
             # The base weights change only once the adapter's tensors fit; see `base_updates_at_end`.
-            with base_updates_at_end(), as_trained(config):
+            with base_updates_at_end(), as_trained(config), draws_left_out():
                 wrapped = peft_model_class(config, default)(
                     model,
                     config,
@@ -182,6 +183,7 @@ class AdapterFiles:
                     autocast_adapter_dtype,
                     low_cpu_mem_usage,
                     kwargs.get("ignore_mismatched_sizes"),
+                    is_new=True,
                 )
         except BaseException:
             before.restore(adapter_name)
@@ -225,7 +227,7 @@ class AdapterFiles:
         before = ModelSnapshot(tuner.model) if is_new else None
         active, targeted = tuner.active_adapter, list(tuner.targeted_module_names)
         try:
-            with base_updates_at_end():
+            with base_updates_at_end(), draws_left_out():
                 if config is not None:
                     config.inference_mode = not is_trainable
                     if hasattr(config, "runtime_config"):
@@ -243,6 +245,7 @@ class AdapterFiles:
                     autocast_adapter_dtype,
                     low_cpu_mem_usage,
                     kwargs.get("ignore_mismatched_sizes"),
+                    is_new=is_new,
                 )
         except BaseException:
             if before is not None:
@@ -252,7 +255,7 @@ class AdapterFiles:
         if is_new and is_trainable:
             model.set_requires_grad(adapter_name)
         if not is_trainable:
-            model.eval()
+            eval_mode(model)
         return result
 
     def _fill_adapter(
@@ -262,9 +265,13 @@ class AdapterFiles:
         autocast_adapter_dtype: bool,
         low_cpu_mem_usage: bool,
         ignore_mismatched_sizes: bool | None,
+        is_new: bool,
     ) -> _IncompatibleKeys:
         model: Any = self
         plan = plan_load(model, weights, adapter_name, ignore_mismatched_sizes=bool(ignore_mismatched_sizes))
+        if is_new:
+            lacking = [*plan.missing, *(key for key, _, _ in plan.mismatched)]
+            initialise_left_out(model, adapter_name, lacking, model.peft_config[adapter_name].init_lora_weights)
         result = plan.apply(low_cpu_mem_usage=low_cpu_mem_usage)
         model.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         return result

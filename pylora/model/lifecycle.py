@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from pylora.layers import BaseTunerLayer, tuner_layers, walk
+from pylora.init import draws_left_out, only_draws
+from pylora.layers import BaseTunerLayer, LoraLayer, tuner_layers, walk
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
 
 # Storage types too narrow to train in, as far as this torch has them.
@@ -70,6 +72,39 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
     for module in [visit.module for visit in walk(model)]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             module.enable_adapters(enabled)
+
+
+def eval_mode(model: nn.Module) -> None:
+    """As `model.eval()`, without a look at the insides of layers that are in evaluation mode already.
+
+    An adapter's modules are made in their layer's mode and follow it, so that the cost does not grow with adapters.
+    """
+    for visit in walk(model):
+        module = visit.module
+        if not module.training:
+            continue
+        if isinstance(module, BaseTunerLayer) or type(module).train is not nn.Module.train:
+            module.eval()
+        else:
+            module.training = False
+
+
+def initialise_left_out(model: nn.Module, adapter_name: str, keys: Iterable[str], scheme: Any) -> None:
+    """Initialise the adapter on the layers that these keys belong to: a load that left the draws out has none for them.
+
+    Args:
+        model: The model that the keys are relative to.
+        adapter_name: The adapter.
+        keys: State-dict keys that the checkpoint lacks.
+        scheme: The adapter's `init_lora_weights`.
+    """
+    owners = {key[: key.rfind(".lora_")] for key in keys if ".lora_" in key}
+    if not owners or not only_draws(scheme):
+        return
+    with draws_left_out(False):
+        for visit in walk(model):
+            if visit.name in owners and isinstance(visit.module, LoraLayer):
+                visit.module.reset_lora_parameters(adapter_name, scheme)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -186,6 +186,23 @@ def _renew_accelerate_hook(module: nn.Module) -> None:
     hooks.add_hook_to_module(module, fresh)
 
 
+def _names(root: nn.Module, adapter_name: str) -> Iterator[str]:
+    """Names of all modules, repeated ones too, without what other adapters than this one consist of."""
+    stack = [("", root)]
+    while stack:
+        name, module = stack.pop()
+        yield name
+        prefix = f"{name}." if name else ""
+        for key, child in reversed(module._modules.items()):
+            if child is None:
+                continue
+            if key in getattr(module, "adapter_layer_names", ()) or key == "lora_dropout":
+                if adapter_name in child and isinstance(child[adapter_name], nn.Module):  # type: ignore[operator,index]
+                    yield f"{prefix}{key}.{adapter_name}"
+            else:
+                stack.append((prefix + key, child))
+
+
 def set_trainable(
     model: nn.Module,
     adapter_name: str,
@@ -226,7 +243,7 @@ def set_trainable(
     new_wrappers: list[AuxiliaryTrainingWrapper] = []
     found = False
     # Tied modules count under each of their names, hence no removal of duplicates.
-    for key in [key for key, _ in model.named_modules(remove_duplicate=False) if key.endswith(endings)]:
+    for key in [key for key in _names(model, adapter_name) if key.endswith(endings)]:
         *path, child_name = key.split(".")
         parent, target = model.get_submodule(".".join(path)), model.get_submodule(key)
         grandparent = model.get_submodule(".".join(path[:-1])) if path else None

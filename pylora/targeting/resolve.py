@@ -94,12 +94,11 @@ def resolve_targets(
     if target_modules == DUMMY_TARGET_MODULES:
         return ResolvedTargets({}, target_modules)
 
-    all_modules = list(model.named_modules())
-    visible = _outside_tuner_layers(all_modules, is_tuner_layer)
+    visible = _outside_tuner_layers(model, is_tuner_layer)
     if asks_for_all_linear(target_modules):
         target_modules = linear_module_names(model, config.task_type, visible, is_tuner_layer)
     if isinstance(target_modules, (list, set)):
-        target_modules = _shortened(target_modules, [name for name, _ in all_modules])
+        target_modules = _shortened(target_modules, [name for name, _ in visible])
     matcher = TargetMatcher(config, target_modules)
     verdicts = {name: matcher(name) for name, _ in visible if name}
     selected = [name for name, verdict in verdicts.items() if verdict]
@@ -134,7 +133,7 @@ def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[s
 def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     """Replace "all-linear" in `peft_config.target_modules` by the names of the model's linear layers; return it."""
     if asks_for_all_linear(getattr(peft_config, "target_modules", None)):
-        visible = _outside_tuner_layers(list(model.named_modules()), is_tuner_layer)
+        visible = _outside_tuner_layers(model, is_tuner_layer)
         peft_config.target_modules = linear_module_names(model, peft_config.task_type, visible)
     return peft_config
 
@@ -152,16 +151,24 @@ def _requested_targets(model: nn.Module, config: Any) -> Any:
     return set(default) if isinstance(default, list) else default
 
 
-def _outside_tuner_layers(named_modules: NamedModules, is_tuner_layer: Callable[[nn.Module], bool]) -> NamedModules:
-    """The modules that are not inside a tuner layer. `named_modules` lists a module's inside right after it."""
-    outside = []
-    inside_prefix = None
-    for name, module in named_modules:
-        if inside_prefix is not None and name.startswith(inside_prefix):
+def _outside_tuner_layers(model: nn.Module, is_tuner_layer: Callable[[nn.Module], bool]) -> NamedModules:
+    """The modules that are not inside a tuner layer, as `named_modules()` gives them: the first name of each counts.
+
+    The inside of a tuner layer is not entered, so that the cost does not grow with the number of adapters.
+    """
+    outside: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if module in seen:
             continue
+        seen.add(module)
         outside.append((name, module))
         if is_tuner_layer(module):
-            inside_prefix = f"{name}."
+            continue
+        prefix = f"{name}." if name else ""
+        stack.extend((prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None)
     return outside
 
 
