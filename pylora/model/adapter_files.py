@@ -166,7 +166,7 @@ class AdapterFiles:
         config.inference_mode = not is_trainable
         if hasattr(config, "runtime_config"):
             config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
-        before = ModelSnapshot(model)
+        before = ModelSnapshot(model, adapter_name)
         try:
             # The base weights change only once the adapter's tensors fit; see `base_updates_at_end`.
             with base_updates_at_end(), as_trained(config), draws_left_out():

@@ -173,7 +173,7 @@ class Injection:
 
     def _extend(self, layer: LoraLayer, name: str, journal: Journal) -> None:
         for each in tuner_layers(cast(nn.Module, layer)):
-            journal.add(_adapter_restorer(each, self.adapter_name))
+            journal.add(adapter_restorer(each, self.adapter_name))
         layer.update_layer(self.adapter_name, config=self.config, **self._rank_and_alpha(name), target_name=name)
 
     def _rank_and_alpha(self, name: str) -> dict[str, Any]:
@@ -230,9 +230,10 @@ def _flag_restorer(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _adapter_restorer(layer: BaseTunerLayer, adapter_name: str) -> Callable[[], None]:
+def adapter_restorer(layer: BaseTunerLayer, adapter_name: str) -> Callable[[], None]:
     """A function that gives the layer the entries it has now for `adapter_name`, or none."""
     containers = [getattr(layer, attr) for attr in layer.adapter_layer_names + layer.other_param_names]
+    containers += [layer.lora_variant] if isinstance(layer, LoraLayer) else []
     # `get` would do for dictionaries, but ModuleDict has none.
     entries = [(each, each[adapter_name] if adapter_name in each else _ABSENT) for each in containers]  # noqa: SIM401
 

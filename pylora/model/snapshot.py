@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from pylora.layers import BaseTunerLayer, walk
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
+from pylora.model.inject import adapter_restorer
 
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters")
 
@@ -17,25 +19,29 @@ class ModelSnapshot:
     """Which module hangs where, and the flags on modules and parameters; tensors are not copied.
 
     The adapters that a layer already has are not looked at, so the cost does not grow with their number.
+
+    Args:
+        model: The model.
+        adapter_name: An adapter that may be replaced, if the model has it: its layers' entries are noted.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
         self._root = model
         self._root_attributes = dict(model.__dict__)
         self._configs: dict[str, Any] = dict(model.__dict__.get("peft_config", {}))
         self._modules: list[tuple[nn.Module, dict[str, nn.Module | None], dict[str, Any], set[int]]] = []
         self._parameters: list[tuple[nn.Parameter, bool]] = []
+        self._replaced: list[Callable[[], None]] = []
         for visit in walk(model):
             module = visit.module
+            if adapter_name in self._configs and isinstance(module, BaseTunerLayer):
+                self._replaced.append(adapter_restorer(module, str(adapter_name)))
             state = {name: module.__dict__[name] for name in ("training", *_ADAPTER_STATE) if name in module.__dict__}
             self._modules.append((module, dict(module._modules), state, set(module._forward_hooks)))
             self._parameters += [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
 
     def restore(self, adapter_name: str) -> None:
-        """Takes the adapter out, and puts modules, hooks and flags back.
-
-        An adapter that was there before keeps the values that it has now.
-        """
+        """Takes the adapter out, or puts the one of that name back, and modules, hooks and flags too."""
         is_new = adapter_name not in self._configs
         for module, children, state, hooks in self._modules:
             if is_new and isinstance(module, BaseTunerLayer):
@@ -49,6 +55,8 @@ class ModelSnapshot:
             module.__dict__.update(state)
             for added in set(module._forward_hooks) - hooks:
                 _remove_hook(module, added)
+        for put_back in self._replaced:
+            put_back()
         for parameter, requires_grad in self._parameters:
             parameter.requires_grad_(requires_grad)
         configs: dict[str, Any] = self._root.__dict__.get("peft_config", {})

@@ -165,7 +165,7 @@ def _outside_tuner_layers(model: nn.Module, is_tuner_layer: Callable[[nn.Module]
             continue
         seen.add(module)
         outside.append((name, module))
-        if is_tuner_layer(module):
+        if name and is_tuner_layer(module):  # of a model that is a layer itself, the inside is all there is
             continue
         prefix = f"{name}." if name else ""
         stack.extend((prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None)

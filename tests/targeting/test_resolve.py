@@ -13,7 +13,7 @@ from torch import nn
 
 from pylora.config import LoraConfig
 from pylora.errors import NoMatchingPeftModuleError
-from pylora.targeting import inspect_matched_modules, maybe_include_all_linear_layers, resolve_targets
+from pylora.targeting import inspect_matched_modules, maybe_include_all_linear_layers, resolve, resolve_targets
 from pylora.targeting.all_linear import linear_module_names
 from pylora.targeting.tied import module_names_tied_with_embedding
 
@@ -335,14 +335,14 @@ def test_the_whole_model_being_an_adapted_layer_hides_nothing():
 def test_the_model_is_walked_once(monkeypatch):
     model = llama(layers=6)
     walks = []
-    original = nn.Module.named_modules
+    original = resolve._outside_tuner_layers
 
-    def counting(self, memo=None, prefix="", remove_duplicate=True):
-        if not prefix:
-            walks.append(self)
-        return original(self, memo, prefix, remove_duplicate)
+    def counting(root, is_tuner_layer):
+        walks.append(root)
+        return original(root, is_tuner_layer)
 
-    monkeypatch.setattr(nn.Module, "named_modules", counting)
+    monkeypatch.setattr(resolve, "_outside_tuner_layers", counting)
+    monkeypatch.delattr(nn.Module, "named_modules")
     for target in ("all-linear", ["q_proj"], None, r".*q_proj"):
         walks.clear()
         resolve_targets(model, LoraConfig(target_modules=target))
