@@ -43,6 +43,7 @@ _HOMES = {
     "integrations.fsdp": "fsdp_auto_wrap_policy _get_no_split_modules=no_split_modules",
     "layers.attention": "MultiheadAttention",
     "layers.base": "LoraLayer VARIANT_KWARG_KEYS",
+    "layers.buffer_dict": "BufferDict",
     "layers.conv": "Conv1d Conv2d Conv3d _ConvNd",
     "layers.embedding": "Embedding",
     "layers.linear": "Linear",
@@ -160,6 +161,7 @@ _PATHS = {
         "shift_tokens_right"
     ),
     "tuners": _CONFIGS + "LoraModel convert_to_lora save_as_lora",
+    "tuners._buffer_dict": "BufferDict",
     "tuners.lora": (
         _CONFIGS + "Conv2d Conv3d Embedding Linear LoraLayer LoraModel ParamWrapper is_bnb_4bit_available "
         "convert_to_lora is_bnb_available is_eetq_available save_as_lora"

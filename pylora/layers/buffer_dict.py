@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
 
 import torch
@@ -52,7 +52,17 @@ class BufferDict(nn.Module):
         """Names and tensors."""
         return self._buffers.items()
 
-    def update(self, buffers: Mapping[str, torch.Tensor]) -> None:
-        """Add or replace several."""
-        for key, buffer in buffers.items():
+    def pop(self, key: str) -> torch.Tensor:
+        """Remove one and return it."""
+        buffer = self[key]
+        del self[key]
+        return buffer
+
+    def clear(self) -> None:
+        """Remove all."""
+        self._buffers.clear()
+
+    def update(self, buffers: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Add or replace several, from a dictionary of any kind or from pairs."""
+        for key, buffer in dict(buffers).items():
             self[key] = buffer
