@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pylora.checkpoint.files import StrPath, find_weights
+from pylora.checkpoint.fused_experts import fuse_expert_tensors, fused_experts
 from pylora.checkpoint.keys import MODEL_PREFIX, rename_keys, to_checkpoint_key
 from pylora.checkpoint.structure import Site, adapter_roots, adapter_sites, join, place_of, tensor_paths
 
@@ -170,6 +171,9 @@ def plan_load(
     config = configs[adapter_name]
     if config.peft_type != "LORA":
         raise ValueError(f"peft_type: expected LORA, got {config.peft_type}")
+    experts = fused_experts(model)
+    if experts is not None:
+        checkpoint = fuse_expert_tensors(experts, checkpoint)
     sites = list(adapter_sites(model))
     own_keys = _adapter_keys(sites, adapter_name)
     places = _places(sites, own_keys, adapter_name, checkpoint)

@@ -17,6 +17,7 @@ from pylora.layers import BaseTunerLayer, tuner_layers, walk
 from pylora.model import lifecycle
 from pylora.model.alora import alora_offsets_passed
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
+from pylora.model.fused_targets import targets_of_fused_experts
 from pylora.model.inject import Injection
 from pylora.model.mixed_batch import adapter_names_passed
 from pylora.model.tied import record_broken_tie, tied_target_modules, warn_tied_merge
@@ -138,15 +139,16 @@ class BaseTuner(nn.Module, ABC):
             The model and the configuration are then unchanged.
         """
         config = self.peft_config[adapter_name]
-        self._check_new_adapter_config(config)
-        targets = Injection(
-            model=model,
-            config=config,
-            adapter_name=adapter_name,
-            active_adapters=self.active_adapters,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict_keys=None if state_dict is None else list(state_dict),
-        ).run()
+        with targets_of_fused_experts(config, model):
+            self._check_new_adapter_config(config)
+            targets = Injection(
+                model=model,
+                config=config,
+                adapter_name=adapter_name,
+                active_adapters=self.active_adapters,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict_keys=None if state_dict is None else list(state_dict),
+            ).run()
         _extend_unique(self.targeted_module_names, targets.names)
         _extend_unique(self.targeted_parameter_names, [target.key for target in targets.parameters])
         self.active_adapter = list(self.active_adapters)
