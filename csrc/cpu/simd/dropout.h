@@ -21,6 +21,21 @@ struct DropoutRow {
         keep_scale(static_cast<C>(dropout.keep_scale)) {}
 };
 
+/// out[i] = 0 where bits[i] < threshold, else keep_scale. Both are below 2^17, so that signed comparison serves.
+PYLORA_INLINE void store_multipliers(U32x8 bits, uint32_t threshold, float keep_scale, float* out) {
+  typedef int32_t I32x8 __attribute__((vector_size(32)));
+  uint32_t scale_bits;
+  __builtin_memcpy(&scale_bits, &keep_scale, sizeof scale_bits);
+  const U32x8 kept = (U32x8)((I32x8)bits >= I32x8{} + static_cast<int32_t>(threshold));
+  const U32x8 multiplier = kept & scale_bits;
+  __builtin_memcpy(out, &multiplier, sizeof multiplier);
+}
+
+PYLORA_INLINE void store_multipliers(U32x8 bits, uint32_t threshold, double keep_scale, double* out) {
+  for (int i = 0; i < 8; ++i)
+    out[i] = bits[i] < threshold ? 0.0 : keep_scale;
+}
+
 template <class C>
 PYLORA_INLINE void dropout_block(const DropoutRow<C>& d, uint32_t row, uint32_t block, C* multiplier) {
   const U32x8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -40,8 +55,7 @@ PYLORA_INLINE void dropout_block(const DropoutRow<C>& d, uint32_t row, uint32_t 
   const U32x8 words[4] = {c0, c1, c2, c3};
   for (int v = 0; v < 8; ++v) {
     const U32x8 bits = v % 2 ? words[v / 2] >> 16 : words[v / 2] & 0xffff;
-    for (int i = 0; i < 8; ++i)
-      multiplier[8 * v + i] = bits[i] < d.threshold ? C(0) : d.keep_scale;
+    store_multipliers(bits, d.threshold, d.keep_scale, multiplier + 8 * v);
   }
 }
 
