@@ -20,11 +20,13 @@ _HOMES = {
     "checkpoint.base_state": "get_base_model_state_dict set_base_model_state_dict",
     "checkpoint.extract": "get_peft_model_state_dict",
     "checkpoint.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
+    "checkpoint.keys": "_filter_state_dict_by_key_prefixes=select_under",
     "checkpoint.load": "load_peft_weights set_peft_model_state_dict",
     "combine.arithmetic": (
         "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune "
         "prune random_pruning reshape_weight_task_tensors task_arithmetic ties"
     ),
+    "checkpoint.structure": "_get_tuner_state_dict_key_prefixes=adapter_prefixes",
     "config": (
         "ArrowConfig BdLoraConfig CONFIG_NAME CordaConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig "
         "LoraRuntimeConfig MontecloraConfig PEFT_TYPE_TO_CONFIG_MAPPING PeftConfig PeftType TaskType VeloraConfig "
@@ -188,7 +190,8 @@ _PATHS = {
     "tuners.trainable_tokens.layer": "TrainableTokensLayer",
     "tuners.tuners_utils": (
         "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "
-        "_find_minimal_target_modules _get_submodules _maybe_include_all_linear_layers cast_adapter_dtype "
+        "_filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_submodules "
+        "_get_tuner_state_dict_key_prefixes _maybe_include_all_linear_layers cast_adapter_dtype "
         "check_adapters_to_merge check_target_module_exists delete_adapter inspect_matched_modules replicate_layers "
         "set_adapter set_requires_grad"
     ),

@@ -79,6 +79,11 @@ def is_under(key: str, roots: Collection[str]) -> bool:
     return False
 
 
+def select_under(tensors: Mapping[str, V], roots: Collection[str]) -> dict[str, V]:
+    """The entries whose keys are one of `roots` or lie below one, in their order."""
+    return {key: tensor for key, tensor in tensors.items() if is_under(key, roots)}
+
+
 def rename_keys(tensors: Mapping[str, V], key_mapping: Mapping[str, str] | None) -> dict[str, V]:
     """Applies the first matching regular expression of `key_mapping` to each key, behind the `base_model.` prefix.
 

@@ -88,6 +88,21 @@ def adapter_roots(site: Site, adapter_name: str) -> dict[str, Any]:
     return roots
 
 
+def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
+    """Beginnings of the state dict keys that belong to adapter layers, for code that filters state dicts by itself.
+
+    Args:
+        model: the model.
+        adapter_name: the adapter; None for whole containers, with every adapter in them.
+
+    What is trained as a whole (`modules_to_save`, token rows) is not among them.
+    """
+    layers = [site for site in adapter_sites(model) if not site.is_auxiliary]
+    if adapter_name is None:
+        return {join(site.name, attribute) for site in layers for attribute, _ in _own_attributes(site.module)}
+    return {root for site in layers for root in adapter_roots(site, adapter_name)}
+
+
 def other_adapter_roots(site: Site, adapter_name: str) -> set[str]:
     """Paths under which `site` keeps what belongs to other adapters than this one."""
     return {

@@ -8,6 +8,7 @@ from pylora.checkpoint.keys import (
     checked_adapter_name,
     is_under,
     rename_keys,
+    select_under,
     to_checkpoint_key,
 )
 
@@ -70,6 +71,12 @@ def test_is_under_respects_components():
     assert not is_under("x.a.b", roots)
     assert not is_under("a", roots)
     assert not is_under("", roots)
+
+
+def test_select_under_keeps_what_lies_below():
+    tensors = {"a": 0, "a.b": 1, "a.b.c": 2, "a.bc": 3, "b.c": 4}
+    assert select_under(tensors, {"a.b", "b.c"}) == {"a.b": 1, "a.b.c": 2, "b.c": 4}
+    assert select_under(tensors, set()) == {}
 
 
 def test_rename_keys_applies_the_first_pattern_that_matches():
