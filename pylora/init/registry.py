@@ -131,6 +131,15 @@ def only_draws(scheme: Any) -> bool:
     return _find(scheme).only_draws
 
 
+def changes_base_weight(scheme: Any) -> bool:
+    """Whether the scheme takes something out of the base weight, so that it must not run twice for one adapter.
+
+    Raises:
+        ValueError: there is no such scheme.
+    """
+    return _find(scheme).changes_base
+
+
 def _find(scheme: Any) -> _Entry:
     key = scheme if scheme else False
     if isinstance(key, str) and key.lower() in _ANY_CASE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import module as torch_module
 
+from pylora.init import changes_base_weight
 from pylora.layers.base import LoraLayer
 from pylora.layers.base_weight import DenseBaseWeight
 from pylora.layers.delta_layer import AdaptedWeight, DeltaLayer
@@ -28,6 +30,9 @@ class _OutProjection(Linear):
     def _plain_delta(self, name: str) -> Delta:
         delta = super()._plain_delta(name)
         return delta._replace(scaling=_OUT_PROJ_TIMES * delta.scaling)
+
+    def _initialise(self, lora_a: Any, lora_b: Any, scheme: Any, scaling: float, config: Any) -> None:
+        super()._initialise(lora_a, lora_b, scheme, _OUT_PROJ_TIMES * scaling, config)
 
     def _get_name(self) -> str:
         return "Linear"
@@ -60,6 +65,8 @@ class MultiheadAttention(DeltaLayer):
     Shapes and dtypes: as the base layer's; both results in the dtype of the query.
     """
 
+    weight_name = "in_proj_weight"
+
     # Code around an attention reads these of it.
     embed_dim = _of_base_layer("embed_dim")
     kdim = _of_base_layer("kdim")
@@ -89,7 +96,10 @@ class MultiheadAttention(DeltaLayer):
         super().__init__(base_layer, **kwargs)
         if not isinstance(base.out_proj, nn.Linear):
             raise TypeError(f"out_proj must be an instance of nn.Linear for {type(self).__name__}.")
-        out_proj = _OutProjection(base.out_proj, adapter_name, config=config, r=r, lora_alpha=lora_alpha, **kwargs)
+        first = copy.copy(config)
+        if changes_base_weight(config.init_lora_weights):
+            first.init_lora_weights = False
+        out_proj = _OutProjection(base.out_proj, adapter_name, config=first, r=r, lora_alpha=lora_alpha, **kwargs)
         self._active_adapter = [adapter_name]
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         # Again, for the same seed to give PEFT's factors; and on the base layer last, when nothing can fail any more.
@@ -133,7 +143,7 @@ class MultiheadAttention(DeltaLayer):
         return lora_a.weight, lora_b.weight
 
     def _base_weight(self) -> DenseBaseWeight:
-        return DenseBaseWeight(self.get_base_layer(), transposed=False, name="in_proj_weight")
+        return DenseBaseWeight(self.get_base_layer(), transposed=False, name=self.weight_name)
 
     def _base_bias(self) -> torch.Tensor | None:
         base: Any = self.get_base_layer()

@@ -52,6 +52,8 @@ class LoraLayer(BaseTunerLayer):
     )
     # Of these, the containers of A and of B in which this kind of layer keeps an adapter.
     factor_names: tuple[str, str] = ("lora_A", "lora_B")
+    # The base layer's attribute that is the weight.
+    weight_name: str = "weight"
     # What variants call this kind of layer; the variants that name it are the ones it has.
     variant_kind: str = ""
     other_param_names: tuple[str, ...] = (
@@ -198,7 +200,7 @@ class LoraLayer(BaseTunerLayer):
 
     def _initialise(self, lora_a: Any, lora_b: Any, scheme: Any, scaling: float, config: Any) -> None:
         """Give entries of the containers of A and of B their values; the scheme may change the base weight for it."""
-        weight = getattr(self.get_base_layer(), "weight", None)
+        weight = getattr(self.get_base_layer(), self.weight_name, None)
         open_weight = getattr(self, "_base_weight", None)
         base = None
         if isinstance(weight, torch.Tensor) and open_weight is not None:

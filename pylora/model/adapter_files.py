@@ -222,23 +222,22 @@ class AdapterFiles:
         if is_new:
             config = PeftConfig.from_pretrained(model_id, **split_hub_arguments(kwargs)[0])
             _warn_about_shared_base(config, model.peft_config.values())
+            config.inference_mode = not is_trainable
+            if hasattr(config, "runtime_config"):
+                config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
         weights = _read_weights(model_id, torch_device, key_mapping, kwargs)
         tuner = model.base_model
         before = ModelSnapshot(tuner.model) if is_new else None
         active, targeted = tuner.active_adapter, list(tuner.targeted_module_names)
         try:
-            with base_updates_at_end(), draws_left_out():
+            with base_updates_at_end(), as_trained(config), draws_left_out():
                 if config is not None:
-                    config.inference_mode = not is_trainable
-                    if hasattr(config, "runtime_config"):
-                        config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
-                    with as_trained(config):
-                        model.add_adapter(
-                            adapter_name,
-                            config,
-                            low_cpu_mem_usage=low_cpu_mem_usage,
-                            autocast_adapter_dtype=autocast_adapter_dtype,
-                        )
+                    model.add_adapter(
+                        adapter_name,
+                        config,
+                        low_cpu_mem_usage=low_cpu_mem_usage,
+                        autocast_adapter_dtype=autocast_adapter_dtype,
+                    )
                 result = self._fill_adapter(
                     adapter_name,
                     weights,

@@ -93,6 +93,23 @@ def test_conv1d(scheme):
     torch.testing.assert_close(wrapped(X), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["olora", "pissa", "orthogonal", "loftq"])
+def test_attention(scheme):
+    """Both projections; PEFT looks for a weight that an attention does not have."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MultiheadAttention(16, 4)).eval()
+    x = torch.randn(5, 2, 16)
+    before = model[0](x, x, x)[0]
+    loftq = {"loftq_config": {"loftq_bits": 8, "loftq_iter": 1}} if scheme == "loftq" else {}
+    options = pylora.LoraConfig(target_modules=["0"], r=4, init_lora_weights=scheme, **loftq)
+    attention = pylora.get_peft_model(model, options).base_model.model[0]
+    after = attention(x, x, x)[0]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5 if scheme != "loftq" else 1e-2)
+    attention.enable_adapters(False)
+    changed = scheme != "orthogonal"
+    assert torch.allclose(attention(x, x, x)[0], before, atol=1e-5) is not changed
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_embedding_beside_it_starts_as_in_peft(scheme):
     class WithEmbedding(nn.Module):
@@ -262,6 +279,22 @@ class TestSchemesThatComeLater:
         model.load_adapter(tmp_path, "other")
         model.set_adapter("other")
         torch.testing.assert_close(model(X), trained(X))
+
+    @pytest.mark.parametrize("beside", [False, True])
+    def test_a_file_that_lacks_tensors(self, beside, tmp_path):
+        self.saved(tmp_path, "eva")
+        file = tmp_path / "adapter_model.safetensors"
+        save_file({key: value for key, value in load_file(file).items() if ".v." not in key}, file)
+        if beside:
+            loaded = wrap(pylora, True)
+            assert len(loaded.load_adapter(tmp_path, "other").missing_keys) == 2
+            layer, name = loaded.base_model.model.v, "other"
+        else:
+            with pytest.warns(UserWarning, match="missing adapter keys"):
+                loaded = pylora.PeftModel.from_pretrained(net(), tmp_path)
+            layer, name = loaded.base_model.model.v, "default"
+        assert not layer.get_delta_weight(name).any()
+        assert layer.lora_A[name].weight.isfinite().all()
 
     @pytest.mark.filterwarnings("ignore:CorDA changes", "ignore:.*corda_config")
     @pytest.mark.parametrize(("scheme", "is_trainable"), [("corda", False), ("mica", True)])
