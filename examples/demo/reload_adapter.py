@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 
 import torch
-from pylora import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evaluation import logits_of
+from pylora import PeftModel
 
 
 def main(base_folder: str, adapter_folder: str, row_file: str, logits_file: str, threads: str = "0") -> None:

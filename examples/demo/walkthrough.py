@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pylora import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +24,7 @@ from evaluation import logits_of, perplexity, require_agreement
 from machine import peak_memory_gib
 from packing import pack
 from prepare import pretrained_model
+from pylora import LoraConfig, PeftModel, get_peft_model
 from report import plot_losses, progress_bar, show_samples, show_table
 from sampling import continuation
 from training import TrainingPlan, fine_tune

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from pylora.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.fsdp.wrap import _recursive_wrap
 from transformers import BertConfig, BertModel
 
 import pylora
 from pylora.integrations.fsdp import no_split_modules
+from pylora.utils.other import fsdp_auto_wrap_policy
 
 
 class Unit(nn.Module):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from pylora.tuners._buffer_dict import BufferDict
 
 

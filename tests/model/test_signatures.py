@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
-from pylora.helpers import check_if_peft_model, update_forward_signature, update_generate_signature, update_signature
 from torch import nn
 
 import pylora
+from pylora.helpers import check_if_peft_model, update_forward_signature, update_generate_signature, update_signature
 
 
 class Base(nn.Module):
