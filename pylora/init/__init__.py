@@ -1,7 +1,7 @@
 """Initialisation of adapters: tensors in, filled in place."""
 
 from pylora.init import basic, loftq, olora, orthogonal, pissa  # noqa: F401 (they register their schemes)
-from pylora.init.base_update import as_it_will_be, base_updates_at_end
+from pylora.init.base_update import as_it_will_be, at_end, base_updates_at_end
 from pylora.init.left_out import draws_left_out
 from pylora.init.registry import (
     BaseAccess,
@@ -21,6 +21,7 @@ __all__ = [
     "InitScheme",
     "SingularTriplets",
     "as_it_will_be",
+    "at_end",
     "base_updates_at_end",
     "changes_base_weight",
     "draws_left_out",

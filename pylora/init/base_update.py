@@ -45,6 +45,15 @@ def base_updates_at_end() -> Iterator[None]:
         change()
 
 
+def at_end(change: Callable[[], None]) -> None:
+    """Make a change of a base weight, now or at the end of the context."""
+    postponed = _POSTPONED.get()
+    if postponed is None:
+        change()
+    else:
+        postponed.changes.append(change)
+
+
 def apply_base_update(stored: torch.Tensor, open_weight: Callable[[], Any], update: BaseUpdate) -> None:
     """Replace the weight W that `open_weight` gives access to by `update(W)`, now or at the end of the context.
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from pylora.config import pattern_value, require_supported
-from pylora.init import base_updates_at_end, find_init
+from pylora.init import at_end, base_updates_at_end, find_init
 from pylora.layers import BaseTunerLayer, LoraLayer, ParamWrapper, create_layer, find_factory, tuner_layers, walk
 from pylora.model.lifecycle import unmerge_before_switch
 from pylora.model.replicate import replicate_layers
@@ -200,7 +201,7 @@ class Injection:
             restore_flags()
         layers = tuner_layers(self.model)
         for layer in layers:
-            unmerge_before_switch(layer)
+            at_end(partial(unmerge_before_switch, layer))
         for layer in layers:
             layer._active_adapter = list(active)
             layer.set_requires_grad(self.adapter_name, is_active and not config.inference_mode)

@@ -269,3 +269,35 @@ def test_prepare_refuses() -> None:
     with pytest.raises(ValueError, match="got 'wrong' instead"):
         prepare_model_for_compiled_hotswap(compiled, check_compiled="wrong")  # type: ignore[arg-type]
     prepare_model_for_compiled_hotswap(compiled, check_compiled="ignore")
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Conv2d(4, 4, 3, groups=2), (1, 4, 8, 8)),
+        (lambda: nn.Conv1d(4, 6, 3), (1, 4, 8)),
+        (lambda: nn.Embedding(9, 4), None),
+    ],
+)
+@pytest.mark.parametrize("ranks", [(2, 4), (4, 2)])
+def test_other_layers(tmp_path: Path, make: Any, shape: tuple[int, ...] | None, ranks: tuple[int, int]) -> None:
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(make()).eval()
+
+    torch.manual_seed(3)
+    inputs = torch.randint(9, (2, 5)) if shape is None else torch.randn(shape)
+    outputs = []
+    for index, rank in enumerate(ranks):
+        model: Any = pylora.get_peft_model(net(), config(target_modules=["0"], r=rank))
+        outputs.append(model.eval()(inputs))
+        model.save_pretrained(tmp_path / str(index))
+    model = pylora.PeftModel.from_pretrained(net(), tmp_path / "0")
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    torch.testing.assert_close(model(inputs), outputs[0])
+    for index in (1, 0):
+        hotswap_adapter(model, tmp_path / str(index), adapter_name="default")
+        torch.testing.assert_close(model(inputs), outputs[index])
+    if getattr(model.get_base_model()[0].get_base_layer(), "groups", 1) == 2:
+        with pytest.raises(ValueError, match="the target rank is not divisible by 2"):
+            prepare_model_for_compiled_hotswap(model, target_rank=5)

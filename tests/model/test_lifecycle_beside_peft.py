@@ -141,6 +141,31 @@ def test_a_failed_load_puts_back_an_adapter_of_the_same_name(tmp_path: Path) -> 
     assert torch.equal(model(X).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_failed_load_leaves_a_merged_model_merged(tmp_path: Path) -> None:
+    pylora.get_peft_model(llama(), config(r=3)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({key: value[:, :-1].contiguous() for key, value in tensors.items()}, file)
+    model: Any = pylora.get_peft_model(llama().bfloat16(), config())
+    model.merge_adapter()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for load in (
+        lambda: model.load_adapter(tmp_path, "other"),
+        lambda: pylora.PeftModel.from_pretrained(model.get_base_model(), tmp_path, "other"),
+    ):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            load()
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        assert model.get_model_status().merged_adapters == ["default"]
+    save_file(tensors, file)
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.load_adapter(tmp_path, "other")
+    assert model.get_model_status().merged_adapters == []
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_one_graph(dropout: float) -> None:
     model: Any = pylora.get_peft_model(llama(), config(lora_dropout=dropout))
