@@ -133,6 +133,19 @@ def test_svd_options_beside_peft(rank, clamp, full):
     compare(mine, theirs, tolerance=2e-5 if clamp is None else 2e-3)
 
 
+@pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
+def test_dora_beside_peft(kind):
+    """The new adapter's magnitudes are those of the base weight."""
+    kwargs = options(target_modules=["q"], use_dora=True)
+    mine, theirs = (build(lib, kwargs, kwargs) for lib in (pylora, peft))
+    for model in (mine, theirs):
+        add(model, combination_type=kind)
+        model.set_adapter("new")
+    magnitudes = [m.base_model.model.q.lora_magnitude_vector["new"].weight for m in (mine, theirs)]
+    torch.testing.assert_close(*magnitudes)
+    torch.testing.assert_close(mine(X), theirs(X), rtol=1e-4, atol=1e-4)
+
+
 def test_one_adapter_is_combined_exactly():
     for kind in ("svd", "cat", "ties"):
         model = build(pylora, options(), options())
