@@ -159,8 +159,6 @@ def hotswap_adapter_from_state_dict(
             else:
                 slot.param.data = values[key].to(slot.param, copy=True)
                 _note_sizes(slot.owner)
-    for layer in {slot.layer for slot in slots.values()}:
-        layer._caches.clear()
 
 
 def prepare_model_for_compiled_hotswap(

@@ -214,8 +214,22 @@ def test_another_merged_adapter_does_not_matter(tmp_path: Path) -> None:
     first = saved(tmp_path / "0", 1, config())
     model = pylora.PeftModel.from_pretrained(base(), first)
     model.add_adapter("other", config())
+    before = model.base_model.model.lin0.weight.clone()
     model.merge_adapter(["other"])
     hotswap_adapter(model, first, adapter_name="default")
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.base_model.model.lin0.weight, before)
+
+
+def test_dora_with_kept_norms(tmp_path: Path, x: torch.Tensor) -> None:
+    first = saved(tmp_path / "0", 1, config(use_dora=True))
+    second = saved(tmp_path / "1", 2, config(use_dora=True, lora_alpha=3))
+    expected = output(second, x)
+    model = pylora.PeftModel.from_pretrained(base(), first)
+    with torch.no_grad(), pylora.DoraCaching():
+        model(x)
+        hotswap_adapter(model, second, adapter_name="default")
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_missing_tensors_become_zero_and_other_adapters_stay(tmp_path: Path) -> None:
