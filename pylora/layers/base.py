@@ -85,6 +85,8 @@ class LoraLayer(BaseTunerLayer):
         self.lora_bias: dict[str, bool] = {}
         self.lora_magnitude_vector = nn.ModuleDict()
         self._caches: dict[str, Any] = {}
+        # Adapter -> the layers, this one among them, that share its factors and the weight it would be merged into.
+        self._tied_layers: dict[str, list[Any]] = {}
         self.ephemeral_gpu_offload = ephemeral_gpu_offload
         self.cast_input_dtype_enabled = True
         self.lora_variant: dict[str, LoraVariant] = {}
@@ -165,6 +167,7 @@ class LoraLayer(BaseTunerLayer):
     def _drop_variant(self, adapter_name: str) -> None:
         """Remove what a replaced adapter of that name had beside its factors."""
         self.lora_variant.pop(adapter_name, None)
+        self._tied_layers.pop(adapter_name, None)
         for attr, container in self._adapter_containers():
             if attr not in self.factor_names and adapter_name in container:
                 del container[adapter_name]

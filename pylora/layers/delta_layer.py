@@ -151,7 +151,20 @@ class DeltaLayer(nn.Module, LoraLayer):
         merge_into_base(self._base_weight(), self._base_bias(), deltas, safe_merge)
         # Kept, as the factors may change while merged, and what a variant makes of the unmerged weight is out of reach.
         self._caches.update({_merged_key(delta.adapter_name): delta.snapshot() for delta in deltas})
-        self.merged_adapters.extend(names)
+        for name in names:  # one weight holds the delta for all that share it
+            for layer in self._sharing(name):
+                layer.merged_adapters.append(name)
+
+    def _sharing(self, name: str) -> list[Any]:
+        """The layers, this one among them, whose base weight this adapter's delta goes into."""
+        base: Any = self.get_base_layer()
+        tied = self._tied_layers.get(name, ())
+        return [self, *(each for each in tied if each is not self and each.get_base_layer().weight is base.weight)]
+
+    def is_merged_by_partner(self, adapter_names: list[str] | None) -> bool:
+        """Whether merging these adapters (None: the active ones) here has been done on layers that share them."""
+        names = [name for name in adapter_names or self.active_adapters if self._has_adapter(name)]
+        return bool(names) and all(name in self._tied_layers and name in self.merged_adapters for name in names)
 
     def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise what `merge` with these arguments would raise, and change nothing."""
@@ -177,6 +190,11 @@ class DeltaLayer(nn.Module, LoraLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        partners = [layer for name in self.merged_adapters for layer in self._sharing(name)]
+        for layer in dict.fromkeys([self, *partners]):
+            layer._unmerge_alone()
+
+    def _unmerge_alone(self) -> None:
         deltas = self._merged_deltas()
         if deltas:
             unmerge_from_base(self._base_weight(), self._base_bias(), deltas)

@@ -256,12 +256,13 @@ class BaseTuner(nn.Module, ABC):
         layers = tuner_layers(self.model)
         self._check_merge(layers, safe_merge, adapter_names)
         for layer in layers:
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            _merge(layer, safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas out of the base weights; warns for layers that hold none."""
         for layer in tuner_layers(self.model):
-            layer.unmerge()
+            if layer.merged or not getattr(layer, "_tied_layers", None):
+                layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -311,7 +312,7 @@ class BaseTuner(nn.Module, ABC):
                 )
             else:
                 if merge:
-                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                    _merge(module, safe_merge, adapter_names)
                 replacement = module.get_base_layer()
             setattr(parent, child_name, replacement)
             sites.extend(_wrappers(replacement))
@@ -338,6 +339,12 @@ class BaseTuner(nn.Module, ABC):
             adapter_names_passed(self.model, self.training, kwargs.get("adapter_names"), num_beams=num_beams),
         ):
             yield
+
+
+def _merge(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    done = getattr(layer, "is_merged_by_partner", None)
+    if done is None or not done(adapter_names):
+        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
 
 def _wrappers(root: nn.Module) -> list[Any]:

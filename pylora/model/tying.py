@@ -25,6 +25,7 @@ def tie_factors(model: Any, config: Any, adapter_name: str) -> None:
     if adapter_name not in source.lora_embedding_A:
         return
     a, b = source.lora_embedding_A[adapter_name], source.lora_embedding_B[adapter_name]
+    group = [source]
     for name in names:
         layer = model.get_submodule(name)
         if adapter_name in layer.lora_embedding_A:
@@ -32,6 +33,12 @@ def tie_factors(model: Any, config: Any, adapter_name: str) -> None:
         elif adapter_name in layer.lora_A:
             _share(layer.lora_A[adapter_name], b)
             _share(layer.lora_B[adapter_name], a)
+        else:
+            continue
+        if layer.get_base_layer().weight is source.get_base_layer().weight:
+            group.append(layer)
+    for layer in group:
+        layer._tied_layers[adapter_name] = group
 
 
 def _share(linear: Any, factor: nn.Parameter) -> None:

@@ -94,6 +94,25 @@ def test_tied_after_saving_loading_and_casting(tmp_path: Path, dtype: torch.dtyp
         torch.testing.assert_close(read_back(X).logits, expected)
 
 
+@pytest.mark.filterwarnings("error:All adapters are already merged", "error:Already unmerged")
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
+def test_a_tied_weight_is_merged_into_once(targets: list[str]) -> None:
+    model = wrapped(pylora, llama(True), target_modules=targets)
+    expected, base = model(X).logits, llama(True)(X).logits
+    for duplicate in (model, copy.deepcopy(model)):
+        duplicate.merge_adapter()
+        torch.testing.assert_close(duplicate(X).logits, expected, rtol=1e-4, atol=1e-4)
+        duplicate.unmerge_adapter()
+        torch.testing.assert_close(duplicate(X).logits, expected, rtol=1e-4, atol=1e-4)
+        duplicate.merge_adapter()
+        with duplicate.disable_adapter():
+            torch.testing.assert_close(duplicate(X).logits, base, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(duplicate(X).logits, expected, rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(merged(X).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
 def test_modules_to_save(tmp_path: Path, modules: list[str]) -> None:
     ours, theirs = (
