@@ -36,6 +36,13 @@ _EXPORTS = {
         "TaskType",
         "VeloraConfig",
     ),
+    "pylora.config.later": (
+        "create_arrow_model",
+        "get_eva_state_dict",
+        "initialize_lora_eva_weights",
+        "preprocess_loraga",
+        "replace_lora_weights_loftq",
+    ),
     "pylora.errors": (
         "NoMatchingPeftModuleError",
         "PeftError",
@@ -115,6 +122,11 @@ if TYPE_CHECKING:  # the same table for type checkers, which cannot read the one
     from pylora.config import PeftType as PeftType
     from pylora.config import TaskType as TaskType
     from pylora.config import VeloraConfig as VeloraConfig
+    from pylora.config.later import create_arrow_model as create_arrow_model
+    from pylora.config.later import get_eva_state_dict as get_eva_state_dict
+    from pylora.config.later import initialize_lora_eva_weights as initialize_lora_eva_weights
+    from pylora.config.later import preprocess_loraga as preprocess_loraga
+    from pylora.config.later import replace_lora_weights_loftq as replace_lora_weights_loftq
     from pylora.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
     from pylora.errors import PeftError as PeftError
     from pylora.errors import PeftWarning as PeftWarning

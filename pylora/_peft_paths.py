@@ -32,6 +32,12 @@ _HOMES = {
         "LoraRuntimeConfig MontecloraConfig PEFT_TYPE_TO_CONFIG_MAPPING PeftConfig PeftType TaskType VeloraConfig "
         "get_pattern_key"
     ),
+    "config.later": (
+        "ArrowLinearVariant BdLoraLinearVariant KasaLinearVariant MiCAEmbeddingVariant MiCALinearVariant "
+        "MontecloraLinearVariant MontecloraSampler MontecloraTrainerMixin QALoraLinearVariant VeloraLinearVariant "
+        "create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga "
+        "replace_lora_weights_loftq"
+    ),
     "errors": "NoMatchingPeftModuleError PeftError PeftWarning",
     "integrations.empty_weights": "init_empty_weights skip_init_on_device",
     "integrations.packages": (
@@ -136,6 +142,9 @@ _STATE_DICTS = (
     "set_peft_model_state_dict "
 )
 
+# Mechanisms that come later, at the top of packages.
+_LATER = "create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
+
 # PEFT's module path -> the names it offers. A path that others begin with is a package and also offers those modules.
 _PATHS = {
     "auto": _HOMES["model.auto"] + " PeftConfig MODEL_TYPE_TO_PEFT_MODEL_MAPPING " + _MODELS,
@@ -145,7 +154,7 @@ _PATHS = {
     ),
     "helpers": (
         _HOMES["model.signatures"] + " BaseTunerLayer DoraCaching KappaTuneSelector LoraLayer LoraModel PeftConfig "
-        "PeftModel disable_input_dtype_casting find_kappa_target_modules rescale_adapter_scale"
+        "MontecloraTrainerMixin PeftModel disable_input_dtype_casting find_kappa_target_modules rescale_adapter_scale"
     ),
     "import_utils": _HOMES["integrations.packages"],
     "mapping": (
@@ -162,12 +171,17 @@ _PATHS = {
         "get_peft_model_state_dict id_tensor_storage infer_device load_peft_weights set_peft_model_state_dict "
         "shift_tokens_right"
     ),
-    "tuners": _CONFIGS + "LoraModel convert_to_lora save_as_lora",
+    "tuners": _CONFIGS + _LATER + "LoraModel convert_to_lora save_as_lora",
     "tuners._buffer_dict": "BufferDict",
     "tuners.lora": (
-        _CONFIGS + "Conv2d Conv3d Embedding Linear LoraLayer LoraModel ParamWrapper is_bnb_4bit_available "
+        _CONFIGS + _LATER + "Conv2d Conv3d Embedding Linear LoraLayer LoraModel ParamWrapper is_bnb_4bit_available "
         "convert_to_lora is_bnb_available is_eetq_available save_as_lora"
     ),
+    "tuners.lora.arrow": "create_arrow_model",
+    "tuners.lora.corda": "preprocess_corda",
+    "tuners.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "tuners.lora.loraga": "preprocess_loraga",
+    "tuners.lora.monteclora": "MontecloraSampler",
     "tuners.lora.config": _CONFIGS + "CordaConfig PeftConfig",
     "tuners.lora.conversion": "LoraConfig convert_to_lora save_as_lora",
     "tuners.lora.dora": (
@@ -182,7 +196,9 @@ _PATHS = {
         "BaseTuner BaseTunerLayer LoraConfig LoraLayer LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "
     ),
     "tuners.lora.variants": (
-        "ALoraLinearVariant DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant "
+        "ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant KasaLinearVariant MiCAEmbeddingVariant "
+        "MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant DoraConv1dVariant "
+        "DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant "
         "DoraLinearVariant LoraVariant _DoraConvNdVariant calculate_alora_offsets get_alora_offsets_for_forward "
         "get_alora_offsets_for_generate is_alora_relevant_in_batch"
     ),
@@ -205,6 +221,7 @@ _PATHS = {
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": _HOMES["model.hotswap"],
     "utils.integrations": "init_empty_weights skip_init_on_device",
+    "utils.loftq_utils": "replace_lora_weights_loftq",
     "utils.merge_utils": _HOMES["combine.arithmetic"],
     "utils.other": (
         _CONSTANTS

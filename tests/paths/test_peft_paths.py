@@ -12,15 +12,7 @@ import pytest
 
 import pylora
 from pylora import _peft_paths
-
-# Names that PEFT exports at its top and that belong to LoRA, but whose mechanism is not in pylora yet.
-NOT_YET = {
-    "create_arrow_model",
-    "get_eva_state_dict",
-    "initialize_lora_eva_weights",
-    "preprocess_loraga",
-    "replace_lora_weights_loftq",
-}
+from pylora.config.later import LATER
 
 
 @pytest.mark.parametrize("path", sorted(_peft_paths.PATHS))
@@ -64,7 +56,18 @@ def test_the_top_offers_every_lora_name_of_peft():
     missing = {
         name for name in peft.__all__ if name not in pylora.__all__ and not _peft_paths.belongs_to_other_method(name)
     }
-    assert missing == NOT_YET
+    assert missing == set()
+
+
+@pytest.mark.parametrize("name", sorted(LATER))
+def test_names_whose_mechanism_comes_later_import_and_refuse_to_be_used(name):
+    home, own_name = _peft_paths.HOMES[name]
+    value = getattr(importlib.import_module(home), own_name)
+    assert not isinstance(pylora.LoraConfig(), value)
+    with pytest.raises(pylora.UnsupportedFeatureError, match=f"{name}: pylora has no mechanism"):
+        value("model", key=1)
+    with pytest.raises(pylora.UnsupportedFeatureError, match="pylora has no mechanism"):
+        type("Mine", (value,), {})()
 
 
 @pytest.mark.parametrize("name", ["config", "optimizers", "tuners", "utils", "mapping", "peft_model", "helpers"])
