@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,19 +24,25 @@ def config(**kwargs: Any) -> pylora.LoraConfig:
 
 
 def calls(function: Callable[[], Any]) -> int:
-    """How many Python functions are entered meanwhile, which counts visited modules many times over."""
+    """How many Python functions are entered meanwhile, which counts visited modules many times over.
+
+    Without garbage collection, whose Python callbacks (hypothesis sets one) would count as the function's own calls.
+    """
     count = 0
 
     def profile(frame: Any, event: str, arg: Any) -> None:
         nonlocal count
         count += event == "call"
 
-    previous = sys.getprofile()
+    previous, collected = sys.getprofile(), gc.isenabled()
+    gc.disable()
     sys.setprofile(profile)
     try:
         function()
     finally:
         sys.setprofile(previous)
+        if collected:
+            gc.enable()
     return count
 
 
