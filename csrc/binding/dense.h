@@ -25,25 +25,37 @@ inline at::Tensor with_unit_columns(const at::Tensor& t) {
   return t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous();
 }
 
-/// x w^T + bias, contiguous: x [rows, depth], w [columns, depth] with any strides, all of one dtype.
-inline at::Tensor dense_product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
-  const at::Tensor rows = with_unit_columns(x);
+/// x w^T as a launcher takes it, without y: x [rows, depth] with unit columns, w [columns, depth], of one dtype.
+inline GemmArgs product_args(const at::Tensor& x, const at::Tensor& w) {
   GemmArgs args;
   args.rows = x.size(0);
   args.columns = w.size(0);
   args.depth = x.size(1);
   args.dtype = to_dtype(x.scalar_type());
-  args.x = {rows.const_data_ptr(), rows.stride(0), 1};
+  args.x = {x.const_data_ptr(), x.stride(0), 1};
   args.w = matrix(w);
-  if (!gemm_is_better(args)) return at::linear(x, w, bias).contiguous();
-  const std::optional<at::Tensor> bias_run = bias ? std::optional(bias->contiguous()) : bias;
-  const at::Tensor y = at::empty({args.rows, args.columns}, x.options());
-  const at::Tensor workspace = workspace_of(gemm_workspace_bytes(args), x);
-  args.bias = bias_run ? bias_run->const_data_ptr() : nullptr;
+  return args;
+}
+
+/// The product as a new contiguous tensor, by pylora's own kernels.
+inline at::Tensor run_product(GemmArgs args, const std::optional<at::Tensor>& bias, const at::Tensor& like) {
+  const at::Tensor y = at::empty({args.rows, args.columns}, like.options());
+  const int64_t bytes = gemm_workspace_bytes(args);
+  const at::Tensor workspace = bytes > 0 ? workspace_of(bytes, like) : at::Tensor();
+  at::Tensor bias_run;
+  if (bias) bias_run = bias->contiguous();
+  args.bias = bias ? bias_run.const_data_ptr() : nullptr;
   args.y = {y.mutable_data_ptr(), args.columns, 1};
-  args.workspace = workspace.mutable_data_ptr();
+  args.workspace = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
   throw_unless_ok(gemm_cpu(cpu_context(), args));
   return y;
+}
+
+/// x w^T + bias, contiguous: x [rows, depth], w [columns, depth] with any strides, all of one dtype.
+inline at::Tensor dense_product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
+  const at::Tensor rows = with_unit_columns(x);
+  const GemmArgs args = product_args(rows, w);
+  return gemm_is_better(args) ? run_product(args, bias, x) : at::linear(x, w, bias).contiguous();
 }
 
 }  // namespace pylora::binding

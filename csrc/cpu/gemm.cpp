@@ -27,6 +27,10 @@ bool gemm_is_better(const GemmArgs& args) {
   return args.w.column_stride == 1 && (args.rows == 1 || (args.rows >= 24 && args.rows <= kGemmBlockRows));
 }
 
+bool gemm_takes_low_rank(const GemmArgs& args, int64_t rank, DType b_dtype) {
+  return (b_dtype == DType::f32 || b_dtype == args.dtype) && (!takes_gemv(args) || rank <= kGemvRank);
+}
+
 int64_t gemm_workspace_bytes(const GemmArgs& args) {
   return takes_gemv(args) ? 0 : block_rows(args) * gemm_sums_stride(args.columns) * static_cast<int64_t>(sizeof(float));
 }
@@ -35,6 +39,9 @@ Status gemm_cpu(const Context& context, const GemmArgs& args) {
   if (args.dtype == DType::f64) return unsupported("gemm: f64");
   if (args.x.column_stride != 1) return invalid_argument("gemm: x: expected a column stride of 1");
   if (args.w.column_stride != 1 && args.w.row_stride != 1) return invalid_argument("gemm: w: expected a stride of 1");
+  const LowRankTerm& term = args.low_rank;
+  if (term.rank > 0 && !gemm_takes_low_rank(args, term.rank, term.dtype)) return unsupported("gemm: low-rank term");
+  if (term.rank > 0 && term.b.column_stride != 1) return invalid_argument("gemm: b: expected a column stride of 1");
   Isa isa;
   if (const Status status = current_isa(&isa); !status.is_ok()) return status;
   const GemmKernels& kernels = gemm_kernels_table(isa);

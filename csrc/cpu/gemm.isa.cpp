@@ -126,14 +126,33 @@ void finish_row(const float* sums, const T* bias, int64_t count, T* y) {
   }
 }
 
+/// The rows' part of the low-rank term as [depth][rows], scaled.
+void pack_v(const LowRankTerm& term, int64_t first_row, int rows, int64_t k, int64_t depth, float* out) {
+  pack_rows(term.v + first_row * term.rank + k, term.rank, rows, depth, out);
+  for (int64_t i = 0; i < depth * rows; ++i)
+    out[i] *= term.scaling;
+}
+
+/// Columns [begin, end) of sums (+)= the packed rows times a weight, of which w(o, columns, out) packs a tile.
+template <class PackWeight>
+void multiply_block(const RowTiles& tiles, const float* x_panel, int64_t begin, int64_t end, int64_t depth, float* sums,
+                    int64_t stride, bool accumulate, const PackWeight& pack) {
+  alignas(64) float w_panel[kDepthBlock * kTileColumns];
+  for (int64_t o = begin; o < end; o += kTileColumns) {
+    pack(o, min_of<int64_t>(kTileColumns, end - o), w_panel);
+    for (int64_t t = 0, m = 0; t < tiles.count; m += tiles.size[t++])
+      kMultiplyTiles[tiles.size[t] - 1](x_panel + m * depth, w_panel, depth, sums + m * stride + o, stride, accumulate);
+  }
+}
+
 template <class T>
 void gemm(int64_t begin, int64_t end, const GemmArgs& args) {
   alignas(64) float x_panel[kGemmBlockRows * kDepthBlock];
-  alignas(64) float w_panel[kDepthBlock * kTileColumns];
   float* sums = static_cast<float*>(args.workspace);
   const int64_t stride = gemm_sums_stride(args.columns);
   const T* w = static_cast<const T*>(args.w.data);
   const T* bias = static_cast<const T*>(args.bias);
+  const LowRankTerm& term = args.low_rank;
   for (int64_t first = 0; first < args.rows; first += kGemmBlockRows) {
     const int64_t rows = min_of(kGemmBlockRows, args.rows - first);
     const RowTiles tiles(rows);
@@ -141,12 +160,24 @@ void gemm(int64_t begin, int64_t end, const GemmArgs& args) {
       const int64_t depth = min_of(kDepthBlock, args.depth - k);
       for (int64_t t = 0, m = 0; t < tiles.count; m += tiles.size[t++])
         pack_rows(row_of<T>(args.x, first + m) + k, args.x.row_stride, tiles.size[t], depth, x_panel + m * depth);
-      for (int64_t o = begin; o < end; o += kTileColumns) {
-        pack_weight(w + o * args.w.row_stride + k * args.w.column_stride, args.w.row_stride, args.w.column_stride,
-                    min_of<int64_t>(kTileColumns, end - o), depth, w_panel);
-        for (int64_t t = 0, m = 0; t < tiles.count; m += tiles.size[t++])
-          kMultiplyTiles[tiles.size[t] - 1](x_panel + m * depth, w_panel, depth, sums + m * stride + o, stride, k > 0);
-      }
+      multiply_block(tiles, x_panel, begin, end, depth, sums, stride, k > 0,
+                     [&](int64_t o, int64_t columns, float* out) {
+                       pack_weight(w + o * args.w.row_stride + k * args.w.column_stride, args.w.row_stride,
+                                   args.w.column_stride, columns, depth, out);
+                     });
+    }
+    for (int64_t k = 0; k < term.rank; k += kDepthBlock) {
+      const int64_t depth = min_of(kDepthBlock, term.rank - k);
+      for (int64_t t = 0, m = 0; t < tiles.count; m += tiles.size[t++])
+        pack_v(term, first + m, tiles.size[t], k, depth, x_panel + m * depth);
+      multiply_block(tiles, x_panel, begin, end, depth, sums, stride, true,
+                     [&](int64_t o, int64_t columns, float* out) {
+                       if (term.dtype == DType::f32) {
+                         pack_weight(row_of<float>(term.b, o) + k, term.b.row_stride, 1, columns, depth, out);
+                       } else {
+                         pack_weight(row_of<T>(term.b, o) + k, term.b.row_stride, 1, columns, depth, out);
+                       }
+                     });
     }
     for (int64_t m = 0; m < rows; ++m)
       finish_row(sums + m * stride + begin, bias ? bias + begin : nullptr, end - begin,
@@ -159,6 +190,12 @@ void gemm(int64_t begin, int64_t end, const GemmArgs& args) {
 constexpr int kGemvColumns = 4;
 constexpr int64_t kGemvDepth = 2048;  // x as f32 in 8 KB a row, well inside L1
 constexpr int64_t kGemvBlockColumns = 256;
+
+/// Whether load_pair takes the even and the odd elements apart.
+template <class T>
+constexpr bool kIsSplit = false;
+template <>
+constexpr bool kIsSplit<bf16> = true;
 
 /// How far ahead the weight is fetched: beyond what the hardware's own stream detection covers when W is in L3.
 template <class T>
@@ -180,35 +217,58 @@ PYLORA_INLINE void load_pair(const bf16* p, Vec<float>* first, Vec<float>* secon
   *second = (Vec<float>)(words & 0xffff0000u);
 }
 
-/// sums[m][c] += x[m] . w[c] over `count` elements, for M rows and R columns.
-template <class T, int M, int R>
-void gemv_tile(const T* w, int64_t stride, const float* x, int64_t count, float sums[M][R]) {
-  constexpr int kL = kLanes<float>;
+/// R rows of a weight in memory, and M rows of f32 beside them in the order that load_pair gives.
+template <class T>
+struct GemvOperands {
+  const T* w;
+  int64_t w_stride;
+  const float* x;
+  int64_t x_stride;
+  int64_t count;
+};
+
+/// The products of M rows with R columns, before the lanes are summed.
+template <int M, int R>
+struct GemvSums {
   Vec<float> low[M][R] = {}, high[M][R] = {};
-  int64_t k = 0;
-  for (; k + 2 * kL <= count; k += 2 * kL) {
-    for (int r = 0; r < R; ++r) {
-      const T* p = w + r * stride + k;
-      __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes<T>);
-      Vec<float> first, second;
-      load_pair(p, &first, &second);
-      for (int m = 0; m < M; ++m) {
-        low[m][r] += first * load(x + m * kGemvDepth + k);
-        high[m][r] += second * load(x + m * kGemvDepth + k + kL);
+  float tail[M][R] = {};
+
+  template <class T>
+  __attribute__((always_inline)) void add(const GemvOperands<T>& p) {
+    constexpr int kL = kLanes<float>;
+    int64_t k = 0;
+    for (; k + 2 * kL <= p.count; k += 2 * kL) {
+      for (int r = 0; r < R; ++r) {
+        const T* w = p.w + r * p.w_stride + k;
+        __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes<T>);
+        Vec<float> first, second;
+        load_pair(w, &first, &second);
+        for (int m = 0; m < M; ++m) {
+          low[m][r] += first * load(p.x + m * p.x_stride + k);
+          high[m][r] += second * load(p.x + m * p.x_stride + k + kL);
+        }
       }
     }
+    for (; k < p.count; ++k)
+      for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R; ++r)
+          tail[m][r] += scalar(p.w + r * p.w_stride + k) * p.x[m * p.x_stride + k];
   }
-  for (int m = 0; m < M; ++m) {
-    for (int r = 0; r < R; ++r) {
-      float sum = horizontal_sum<float>(low[m][r] + high[m][r]);
-      for (int64_t i = k; i < count; ++i)
-        sum += scalar(w + r * stride + i) * x[m * kGemvDepth + i];
-      sums[m][r] += sum;
-    }
-  }
+};
+
+/// sums[m][c] += the products of w's operands and of b's, if any.
+template <class T, class F, int M, int R>
+void gemv_tile(const GemvOperands<T>& w, const GemvOperands<F>& b, float* sums) {
+  GemvSums<M, R> products;
+  products.add(w);
+  if (b.count > 0) products.add(b);
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r)
+      sums[m * kGemvBlockColumns + r] +=
+          horizontal_sum<float>(products.low[m][r] + products.high[m][r]) + products.tail[m][r];
 }
 
-/// One row of x as f32, in the order that load_pair gives whole pairs of vectors in.
+/// One row of x as f32, in the order that load_pair gives whole pairs of a T's vectors in.
 template <class T>
 void stage_like_pairs(const T* x, int64_t count, float* out) {
   constexpr int kL = kLanes<float>;
@@ -223,47 +283,66 @@ void stage_like_pairs(const T* x, int64_t count, float* out) {
     out[k] = scalar(x + k);
 }
 
-template <class T, int M>
+/// One row of v, scaled, in the order that load_pair gives pairs of an F's vectors in.
+template <class F>
+void stage_v(const float* v, int64_t rank, float scaling, float* out) {
+  constexpr int kL = kLanes<float>;
+  for (int64_t k = 0; k < rank; ++k) {
+    const int64_t inner = k % (2 * kL);
+    const bool halves = kIsSplit<F> && k - inner + 2 * kL <= rank;
+    out[halves ? k - inner + inner / 2 + inner % 2 * kL : k] = v[k] * scaling;
+  }
+}
+
+template <class T, class F, int M>
 void gemv_rows(int64_t begin, int64_t end, const GemmArgs& args) {
   alignas(64) float x[M * kGemvDepth];
+  alignas(64) float v[M * kGemvRank];
   alignas(64) float sums[M][kGemvBlockColumns];
   const T* bias = static_cast<const T*>(args.bias);
+  const LowRankTerm& term = args.low_rank;
+  for (int m = 0; m < M; ++m)
+    stage_v<F>(term.v + m * term.rank, term.rank, term.scaling, v + m * kGemvRank);
   for (int64_t block = begin; block < end; block += kGemvBlockColumns) {
     const int64_t columns = min_of(kGemvBlockColumns, end - block);
     for (int m = 0; m < M; ++m)
       for (int64_t c = 0; c < columns; ++c)
         sums[m][c] = 0.0f;
-    for (int64_t k = 0; k < args.depth; k += kGemvDepth) {
+    for (int64_t k = 0; k < args.depth || k == 0; k += kGemvDepth) {
       const int64_t depth = min_of(kGemvDepth, args.depth - k);
       // One block of depth is the common case, where the staged x serves every block of columns.
       if (block == begin || args.depth > kGemvDepth)
         for (int m = 0; m < M; ++m)
           stage_like_pairs(row_of<T>(args.x, m) + k, depth, x + m * kGemvDepth);
+      const int64_t rank = k + depth == args.depth ? term.rank : 0;
+      const auto operands = [&](int64_t c) {
+        return GemvOperands<T>{row_of<T>(args.w, block + c) + k, args.w.row_stride, x, kGemvDepth, depth};
+      };
+      const auto low_rank = [&](int64_t c) {
+        return GemvOperands<F>{row_of<F>(term.b, block + c), term.b.row_stride, v, kGemvRank, rank};
+      };
       int64_t c = 0;
-      for (; c + kGemvColumns <= columns; c += kGemvColumns) {
-        float tile[M][kGemvColumns] = {};
-        gemv_tile<T, M, kGemvColumns>(row_of<T>(args.w, block + c) + k, args.w.row_stride, x, depth, tile);
-        for (int m = 0; m < M; ++m)
-          for (int i = 0; i < kGemvColumns; ++i)
-            sums[m][c + i] += tile[m][i];
-      }
-      for (; c < columns; ++c) {
-        float tile[M][1] = {};
-        gemv_tile<T, M, 1>(row_of<T>(args.w, block + c) + k, args.w.row_stride, x, depth, tile);
-        for (int m = 0; m < M; ++m)
-          sums[m][c] += tile[m][0];
-      }
+      for (; c + kGemvColumns <= columns; c += kGemvColumns)
+        gemv_tile<T, F, M, kGemvColumns>(operands(c), low_rank(c), sums[0] + c);
+      for (; c < columns; ++c)
+        gemv_tile<T, F, M, 1>(operands(c), low_rank(c), sums[0] + c);
     }
     for (int m = 0; m < M; ++m)
       finish_row(sums[m], bias ? bias + block : nullptr, columns, row_of<T>(args.y, m) + block);
   }
 }
 
+template <class T, class F>
+void gemv_factors(int64_t begin, int64_t end, const GemmArgs& args) {
+  if (args.rows == 1) return gemv_rows<T, F, 1>(begin, end, args);
+  if (args.rows == 2) return gemv_rows<T, F, 2>(begin, end, args);
+  gemv_rows<T, F, 3>(begin, end, args);
+}
+
 template <class T>
 void gemv(int64_t begin, int64_t end, const GemmArgs& args) {
-  if (args.rows == 1) return gemv_rows<T, 1>(begin, end, args);
-  if (args.rows == 2) return gemv_rows<T, 2>(begin, end, args);
-  gemv_rows<T, 3>(begin, end, args);
+  if (args.low_rank.dtype == DType::f32) return gemv_factors<T, float>(begin, end, args);
+  gemv_factors<T, T>(begin, end, args);
 }
 
 }  // namespace

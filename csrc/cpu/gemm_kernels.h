@@ -9,6 +9,8 @@ namespace pylora {
 constexpr int64_t kGemmBlockRows = 192;
 /// Most rows that are multiplied without packing the weight.
 constexpr int64_t kGemvRows = 3;
+/// Highest rank of a low-rank term beside them: v is staged on the stack.
+constexpr int64_t kGemvRank = 512;
 /// Columns are shared out in multiples of this: a tile of the widest instruction set.
 constexpr int64_t kGemmColumnTile = 32;
 

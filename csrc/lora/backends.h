@@ -1,6 +1,7 @@
 // The two implementations of a delta, behind one shape: Kernels (lora.h's launchers, CPU) and Aten (any other
 // device).
 //   dense:    the base product
+//   linear:   base product and delta in one, returns {y, v}
 //   forward:  adds scaling * drop(x) a^T b^T into y, which the caller owns, and returns {y, v}
 //   backward: adds to dx, where given, and returns the gradients asked for
 #pragma once
@@ -43,13 +44,50 @@ struct KernelBackend {
     return binding::dense_product(x, weight, bias);
   }
 
+  static std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                           const Tensor& a, const Tensor& b, double scaling, double dropout_p,
+                                           const OptionalTensor& rng) {
+    const Tensor x_rows = token_rows(x);
+    GemmArgs product = binding::product_args(x_rows, weight);
+    const bool one_product = gemm_is_better(product) && b.stride(1) == 1 &&
+                             gemm_takes_low_rank(product, a.size(0), binding::to_dtype(b.scalar_type()));
+    if (!one_product) {
+      const Tensor base = dense(aten::rows(x), weight, bias).view(aten::with_width(x, weight.size(0)));
+      return forward(base, x, a, b, scaling, dropout_p, rng);
+    }
+    const Tensor v = shrink(x_rows, a, b, dropout_p, rng);
+    product.low_rank = {a.size(0), static_cast<float>(scaling), v.const_data_ptr<float>(), matrix(b),
+                        binding::to_dtype(b.scalar_type())};
+    const Tensor y = binding::run_product(product, bias, x);
+    return {x.dim() == 2 ? y : y.view(aten::with_width(x, weight.size(0))), v};
+  }
+
+  /// v = drop(x) a^T for rows x.
+  static Tensor shrink(const Tensor& x_rows, const Tensor& a, const Tensor& b, double dropout_p,
+                       const OptionalTensor& rng) {
+    ShrinkArgs args;
+    args.shape = shape_of(x_rows.size(0), x_rows.scalar_type(), a, b);
+    const Tensor v = new_v(x_rows, args.shape);
+    const Tensor workspace = workspace_of(shrink_workspace_bytes(args.shape), x_rows);
+    args.dropout = dropout_of(dropout_p, rng);
+    args.x = matrix(x_rows);
+    args.a = matrix(a);
+    args.v = v.mutable_data_ptr();
+    args.workspace = workspace.mutable_data_ptr();
+    binding::throw_unless_ok(shrink_cpu(binding::cpu_context(), args));
+    return v;
+  }
+
+  static Tensor new_v(const Tensor& x, const Shape& shape) {
+    return at::empty({shape.num_tokens, shape.rank}, x.options().dtype(binding::accumulator_type(x.scalar_type())));
+  }
+
   static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
                                             double scaling, double dropout_p, const OptionalTensor& rng) {
     const Tensor x_rows = token_rows(x);
     ForwardArgs args;
     args.shape = shape_of(x_rows.size(0), x.scalar_type(), a, b);
-    const Tensor v = at::empty({args.shape.num_tokens, args.shape.rank},
-                               x.options().dtype(binding::accumulator_type(x.scalar_type())));
+    const Tensor v = new_v(x, args.shape);
     const Tensor workspace = workspace_of(forward_workspace_bytes(args.shape), x);
     args.scaling = scaling;
     args.dropout = dropout_of(dropout_p, rng);
@@ -100,6 +138,13 @@ struct KernelBackend {
 struct AtenBackend {
   static Tensor dense(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
     return aten::dense(x, weight, bias);
+  }
+
+  static std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                           const Tensor& a, const Tensor& b, double scaling, double dropout_p,
+                                           const OptionalTensor& rng) {
+    const Tensor base = dense(aten::rows(x), weight, bias).view(aten::with_width(x, weight.size(0)));
+    return forward(base, x, a, b, scaling, dropout_p, rng);
   }
 
   static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,

@@ -70,6 +70,19 @@ Status forward_cpu(const Context& context, const ForwardArgs& args) {
   return {};
 }
 
+Status shrink_cpu(const Context& context, const ShrinkArgs& args) {
+  const Shape& s = args.shape;
+  if (const Status status = check_shape(s); !status.is_ok()) return status;
+  const Kernels* kernels;
+  if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
+
+  const void* a = as_rows(*kernels, s, args.a, s.in_features, args.workspace);
+  parallel_for(context, s.num_tokens, grain(s.rank * s.in_features), [&](int64_t begin, int64_t end) {
+    kernels->shrink[index(s.dtype)](begin, end, args.x, s.in_features, a, s.rank, 1.0, args.dropout, args.v);
+  });
+  return {};
+}
+
 Status backward_cpu(const Context& context, const BackwardArgs& args) {
   const Shape& s = args.shape;
   if (const Status status = check_shape(s); !status.is_ok()) return status;

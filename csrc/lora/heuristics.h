@@ -16,6 +16,10 @@ constexpr int64_t block_bytes(const Shape& shape, int64_t rows, int64_t columns)
   return align_up(rows * columns * dtype_bytes(accumulator_dtype(shape.dtype)));
 }
 
+constexpr int64_t shrink_workspace_bytes(const Shape& shape) {
+  return block_bytes(shape, shape.rank, shape.in_features);
+}
+
 /// Both factors as [rank, width] rows of accumulators.
 constexpr int64_t forward_workspace_bytes(const Shape& shape) {
   return block_bytes(shape, shape.rank, shape.in_features) + block_bytes(shape, shape.rank, shape.out_features);

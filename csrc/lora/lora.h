@@ -11,7 +11,8 @@
 //   db  = scaling * dy^T v
 //
 // Numerics. Products are summed in f32 (f64 for f64), whatever the storage types; v, g and the converted factors stay
-// in that type. y and dx are read, added to and rounded once; da and db are rounded once. A row of v, y and dx
+// in that type. y and dx are read, added to and rounded once (where the base product takes v b^T into its own sums, y
+// is rounded once in all); da and db are rounded once. A row of v, y and dx
 // depends on that row alone, and every sum has a fixed order: results have the same bits for any number of threads
 // and any batch around a row. Sums over tokens (da, db) run in blocks of 64 tokens, in order. Instruction sets differ
 // in the last bits. Dropping multiplies by 0: a dropped infinity or NaN is a NaN, as in torch.
@@ -46,6 +47,16 @@ struct ForwardArgs {
   void* workspace = nullptr;  // forward_workspace_bytes(shape), aligned to 64
 };
 
+/// v alone, for a base product that adds v b^T itself (csrc/cpu/gemm.h).
+struct ShrinkArgs {
+  Shape shape;  // out_features is not read
+  Dropout dropout;
+  ConstMatrix x;              // [num_tokens, in_features]
+  ConstMatrix a;              // [rank, in_features]
+  void* v = nullptr;          // out: [num_tokens, rank], accumulator type, contiguous
+  void* workspace = nullptr;  // shrink_workspace_bytes(shape), aligned to 64
+};
+
 struct BackwardArgs {
   Shape shape;
   double scaling = 1;
@@ -72,6 +83,7 @@ struct DropoutArgs {
 };
 
 Status forward_cpu(const Context& context, const ForwardArgs& args);
+Status shrink_cpu(const Context& context, const ShrinkArgs& args);
 Status backward_cpu(const Context& context, const BackwardArgs& args);
 Status dropout_cpu(const Context& context, const DropoutArgs& args);
 /// Queued on context.stream.

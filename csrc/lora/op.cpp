@@ -24,8 +24,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight,
                                           const OptionalTensor& rng) {
   LoraChecks("lora_linear").linear(x, weight, bias, a, b, dropout_p, rng);
   const aten::NoAutocast settled;
-  const Tensor base = Backend::dense(aten::rows(x), weight, bias).view(aten::with_width(x, weight.size(0)));
-  return Backend::forward(base, x, a, b, scaling, dropout_p, rng);
+  return Backend::linear(x, weight, bias, a, b, scaling, dropout_p, rng);
 }
 
 template <class Backend>

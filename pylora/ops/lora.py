@@ -53,9 +53,11 @@ def lora_linear(
     Returns:
         y: `[..., out_features]`, x's dtype, contiguous.
 
-    Numerics: the low-rank sums are f32 (f64 for float64 x) whatever the storage types; the base product is rounded to
-    x's dtype, then y once more with the low-rank part added. The low-rank part of a row has the same bits for any
-    number of threads and whatever other rows are beside it; the base product is torch's.
+    Numerics: the low-rank sums are f32 (f64 for float64 x) whatever the storage types. Where pylora's own product
+    serves (csrc/cpu/gemm.h: 16-bit types, and float32 with few rows), base, low-rank part and bias are one f32 sum,
+    rounded once; elsewhere torch's base product is rounded to x's dtype, then y once more with the low-rank part added.
+    The low-rank part of a row, and all of it where the product is pylora's, has the same bits for any number of threads
+    and whatever other rows are beside it, except that up to three rows take another path than more.
 
     Raises:
         ValueError: a shape, device or probability does not fit; the message names the argument and both values.
