@@ -56,6 +56,37 @@ class LoraVariant:
         raise NotImplementedError
 
     @classmethod
+    def fused_forward(
+        cls,
+        module: Any,
+        active_adapter: str,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        dropout_p: float,
+    ) -> torch.Tensor | None:
+        """The whole output of a dense layer with this adapter alone by an op of the variant's own, if it has one.
+
+        Args:
+            module: The layer, whose modules are plain and unhooked.
+            active_adapter: The adapter.
+            x: [..., in_features], on the CPU, in the weight's dtype or one that autocast brings to it.
+            weight: [out_features, in_features], any strides.
+            bias: [out_features] or None.
+            a: [rank, in_features].
+            b: [out_features, rank], a's dtype.
+            scaling: A number.
+            dropout_p: 0 in evaluation.
+
+        Returns:
+            [..., out_features], or None: `forward` is called then.
+        """
+        return None
+
+    @classmethod
     def require_mergeable(cls, module: Any, active_adapter: str, safe_merge: bool) -> None:
         """Raise where `delta` would, without the cost of computing it."""
 

@@ -1,0 +1,221 @@
+"""What a dense layer's forward needs for the op, found by one walk over its modules and kept until one of them changes.
+
+The walk costs 8 us, more than a tenth of a decode step's product; to see that it would find the same takes 1.5 us. Only
+modules are kept. Tensors, scaling and dropout are read at every call, since `.to()`, `load_state_dict`, an optimizer or
+FSDP may exchange or rewrite them at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+from pylora.layers.base_weight import conv1d_class
+
+# Dtypes the ops compute in; a base weight of another one (quantised) goes through its module.
+_OP_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Term(NamedTuple):
+    """One adapter as the ops take it.
+
+    Attributes:
+        name: The adapter.
+        a: [rank, in_features].
+        b: [out_features, rank], a's dtype.
+        scaling: A number.
+        dropout_p: 0 in evaluation.
+    """
+
+    name: str
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropout_p: float
+
+
+class Operands(NamedTuple):
+    """A forward's tensors.
+
+    Attributes:
+        weight: [out_features, in_features], any strides.
+        bias: [out_features] or None.
+        terms: The active adapters, at least one.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    terms: list[Term]
+
+
+class _Adapter(NamedTuple):
+    """The modules of an active adapter, and the dictionaries that hold their tensors."""
+
+    name: str
+    a: nn.Module
+    b: nn.Module
+    dropout: nn.Module
+    a_params: dict[str, Any]
+    b_params: dict[str, Any]
+
+
+def calls_are_observed() -> bool:
+    """Whether torch has to see the single calls: global module hooks, and the transforms that the ops have no rule for
+    (torch.func's, forward-mode differentiation).
+    """
+    return (
+        torch_module._has_any_global_hook()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+class FusedModules:
+    """The modules of a layer's base and active adapters, none of them hooked or replaced.
+
+    Holds no reference to the layer, which would make a cycle of it. Copies and pickles of a layer go without.
+    """
+
+    __slots__ = ("_active", "_adapters", "_base", "_base_params", "_containers", "_dicts", "_hooks", "_transposed")
+
+    def __init__(self, layer: Any, base: nn.Module, adapters: list[_Adapter]) -> None:
+        active = layer._active_adapter
+        self._active = active if type(active) is str else list(active)
+        self._base = base
+        self._base_params = base._parameters
+        self._transposed = type(base) is not nn.Linear
+        self._adapters = tuple(adapters)
+        modules = layer._modules
+        self._containers = tuple(modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+        watched = [base, *(module for each in adapters for module in (each.a, each.b, each.dropout))]
+        self._dicts = tuple(module.__dict__ for module in watched)
+        self._hooks = tuple(module.__dict__[name] for module in watched for name in _HOOKS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    @classmethod
+    def of(cls, layer: Any) -> FusedModules | None:
+        """Those of the layer as it is now, or None where one has to be called, or no adapter is active."""
+        modules = layer._modules
+        base = modules["base_layer"]
+        if (type(base) is not nn.Linear and type(base) is not conv1d_class()) or _is_hooked(base):
+            return None
+        active = layer._active_adapter
+        adapters = []
+        for name in (active,) if type(active) is str else active:
+            if name in modules["lora_A"]._modules:
+                adapter = _plain_adapter(modules, name)
+                if adapter is None:
+                    return None
+                adapters.append(adapter)
+        return cls(layer, base, adapters) if adapters else None
+
+    def holds(self, layer: Any) -> bool:
+        """Whether `of(layer)` would find the same."""
+        modules = layer._modules
+        a_modules, b_modules, dropouts = self._containers
+        if (
+            layer._active_adapter != self._active
+            or modules["base_layer"] is not self._base
+            or modules["lora_A"]._modules is not a_modules
+            or modules["lora_B"]._modules is not b_modules
+            or modules["lora_dropout"]._modules is not dropouts
+            or any(self._hooks)
+        ):
+            return False
+        for each in self._adapters:
+            name = each.name
+            if (
+                a_modules.get(name) is not each.a
+                or b_modules.get(name) is not each.b
+                or dropouts.get(name) is not each.dropout
+            ):
+                return False
+        for attributes in self._dicts:  # noqa: SIM110 (a generator costs as much again)
+            if "forward" in attributes:
+                return False
+        return True
+
+    def read(self, layer: Any, x: torch.Tensor) -> Operands | None:
+        """The tensors of a forward on x, or None where the modules have to be called: other dtypes, other kinds of
+        tensor, a parametrised or biased factor. An x of the wrong width is not noticed here.
+        """
+        weight = self._base_params.get("weight")
+        if type(weight) not in _PLAIN_TENSORS or type(x) not in _PLAIN_TENSORS or not x.is_cpu or x.is_nested:
+            return None
+        dtype = weight.dtype
+        if dtype not in _OP_DTYPES or (x.dtype is not dtype and not _autocast_matches(x.dtype, dtype)):
+            return None
+        terms = []
+        for adapter in self._adapters:
+            term = _read_term(layer, adapter, dtype)
+            if term is None:
+                return None
+            terms.append(term)
+        return Operands(weight.t() if self._transposed else weight, self._base_params.get("bias"), terms)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward (hooks, or a forward set on the instance)."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _plain_adapter(modules: dict[str, Any], name: str) -> _Adapter | None:
+    """The adapter's modules, or None where one of them is replaced or hooked."""
+    a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or _is_hooked(a) or _is_hooked(b):
+        return None
+    if type(dropout) not in (nn.Identity, nn.Dropout) or _is_hooked(dropout):
+        return None
+    return _Adapter(name, a, b, dropout, a._parameters, b._parameters)
+
+
+def _read_term(layer: Any, adapter: _Adapter, base_dtype: torch.dtype) -> Term | None:
+    a, b = adapter.a_params.get("weight"), adapter.b_params.get("weight")
+    if type(a) not in _PLAIN_TENSORS or type(b) not in _PLAIN_TENSORS:
+        return None
+    if adapter.a_params.get("bias") is not None or adapter.b_params.get("bias") is not None:
+        return None
+    dtype = a.dtype
+    if dtype is not b.dtype:
+        return None
+    if dtype is not base_dtype and (dtype is not torch.float32 or not layer.cast_input_dtype_enabled):
+        return None
+    scaling = layer.scaling[adapter.name]
+    if type(scaling) is torch.Tensor and not scaling.requires_grad:
+        a, b, scaling = _take_in(scaling, a, b)
+    elif type(scaling) is not float and type(scaling) is not int:
+        return None
+    dropout: Any = adapter.dropout
+    if type(dropout) is nn.Identity or not dropout.training:
+        return Term(adapter.name, a, b, scaling, 0.0)
+    return None if dropout.inplace or dropout.p >= 1.0 else Term(adapter.name, a, b, scaling, dropout.p)
+
+
+def _take_in(scaling: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A, B and a number for a scaling that is a tensor: its value, or 1 with B scaled where reading it would break a
+    compiled graph or wait for a device.
+    """
+    if scaling.is_cpu and not torch.compiler.is_compiling():
+        return a, b, scaling.item()
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return a.to(wide), b.to(wide) * scaling, 1.0
+
+
+def _autocast_matches(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
+    """Whether autocast brings the two to one dtype; it leaves f64 alone."""
+    return torch.is_autocast_enabled("cpu") and torch.float64 not in (x_dtype, weight_dtype)
