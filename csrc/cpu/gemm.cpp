@@ -24,7 +24,7 @@ bool gemm_is_better(const GemmArgs& args) {
   if (args.dtype == DType::bf16) return !has_bf16_products();
   if (args.dtype == DType::f16) return !has_f16_products();
   // MKL packs better for many rows, and for the few that a tile leaves half empty.
-  return args.w.column_stride == 1 && (args.rows == 1 || (args.rows >= 24 && args.rows <= kGemmBlockRows));
+  return args.w.column_stride == 1 && args.rows <= kGemmBlockRows;
 }
 
 bool gemm_takes_low_rank(const GemmArgs& args, int64_t rank, DType b_dtype) {
