@@ -6,6 +6,7 @@
 //   backward: adds to dx, where given, and returns the gradients asked for
 #pragma once
 
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 
 #include "binding/context.h"
@@ -39,6 +40,13 @@ inline Dropout dropout_of(double dropout_p, const OptionalTensor& rng) {
 }
 
 struct KernelBackend {
+  /// Whether torch multiplies these dtypes as fast as the CPU can: then its products serve wherever nothing has to be
+  /// fused with them, at rank 16 and 512 rows at 0.9 of the time of the kernels here, at rank 256 at 0.6.
+  static bool torch_products_are_good(const Tensor& x, const Tensor& a) {
+    const at::ScalarType dtype = x.scalar_type();
+    return (dtype == at::kFloat || dtype == at::kDouble) && a.scalar_type() == dtype;
+  }
+
   /// The base product: x [rows, in], weight [out, in].
   static Tensor dense(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
     return binding::dense_product(x, weight, bias);
@@ -85,6 +93,12 @@ struct KernelBackend {
   static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
                                             double scaling, double dropout_p, const OptionalTensor& rng) {
     const Tensor x_rows = token_rows(x);
+    if (torch_products_are_good(x, a) && x_rows.size(0) > kOwnRows) {
+      const Tensor v = dropout_p > 0 ? shrink(x_rows, a, b, dropout_p, rng) : at::mm(x_rows, a.t());
+      Tensor y_rows = y.view({x_rows.size(0), b.size(0)});
+      y_rows.addmm_(v, b.t(), 1, scaling);
+      return {y, v};
+    }
     ForwardArgs args;
     args.shape = shape_of(x_rows.size(0), x.scalar_type(), a, b);
     const Tensor v = new_v(x, args.shape);
@@ -108,6 +122,22 @@ struct KernelBackend {
     BackwardArgs args;
     args.shape = shape_of(dy_rows.size(0), dy.scalar_type(), a, b);
     aten::Gradients grads;
+    Tensor g;
+    if (torch_products_are_good(dy, a)) {
+      if (needs.dx || needs.da) g = at::mm(dy_rows, b).mul_(scaling);
+      if (needs.db) grads.db = at::mm(dy_rows.t(), v->mul(scaling));
+      if (dropout_p == 0.0) {
+        if (needs.dx) {
+          grads.dx = dx;
+          dx.view({dy_rows.size(0), a.size(1)}).addmm_(g, a);
+        }
+        if (needs.da) grads.da = at::mm(g.t(), x_rows);
+        return grads;
+      }
+      needs.db = false;
+      if (!needs.any()) return grads;
+      args.g = g.const_data_ptr();
+    }
     if (needs.dx) {
       TORCH_INTERNAL_ASSERT(dx.scalar_type() == dy.scalar_type() && dx.is_contiguous());
       grads.dx = dx;

@@ -92,15 +92,20 @@ Status backward_cpu(const Context& context, const BackwardArgs& args) {
   Workspace workspace(args.workspace);
   const int64_t a_bytes = block_bytes(s, s.rank, s.in_features), b_bytes = block_bytes(s, s.rank, s.out_features);
   const void* a = as_rows(*kernels, s, args.a, s.in_features, workspace.take(a_bytes));
-  const void* b = as_rows(*kernels, s, transposed(args.b), s.out_features, workspace.take(b_bytes));
-  void* g = workspace.take(block_bytes(s, s.num_tokens, s.rank));
+  const void* b = nullptr;
+  void* b_space = workspace.take(b_bytes);
+  if (!args.g) b = as_rows(*kernels, s, transposed(args.b), s.out_features, b_space);
+  void* own_g = workspace.take(block_bytes(s, s.num_tokens, s.rank));
+  const void* g = args.g ? args.g : own_g;
   void* da_sums = workspace.take(a_bytes);
   void* db_sums = workspace.take(b_bytes);
 
   if (args.dx.data || args.da) {
-    const int64_t work = s.rank * (s.out_features + (args.dx.data ? s.in_features : 0));
+    const int64_t work = s.rank * ((args.g ? 0 : s.out_features) + (args.dx.data ? s.in_features : 0));
     parallel_for(context, s.num_tokens, grain(work), [&](int64_t begin, int64_t end) {
-      kernels->shrink[index(s.dtype)](begin, end, args.dy, s.out_features, b, s.rank, args.scaling, Dropout{}, g);
+      if (!args.g) {
+        kernels->shrink[index(s.dtype)](begin, end, args.dy, s.out_features, b, s.rank, args.scaling, Dropout{}, own_g);
+      }
       if (args.dx.data) {
         kernels->expand[index(s.dtype)](begin, end, g, a, s.rank, 1.0, args.dropout, args.dx, s.in_features);
       }

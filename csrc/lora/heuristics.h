@@ -11,6 +11,10 @@ constexpr int64_t align_up(int64_t bytes) {
   return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
+/// Forwards of up to this many tokens, which csrc/cpu/gemm.h serves, never use torch's products: a row then has the
+/// same bits whatever rows are beside it.
+constexpr int64_t kOwnRows = 192;
+
 /// Bytes of a [rows, columns] block of accumulators.
 constexpr int64_t block_bytes(const Shape& shape, int64_t rows, int64_t columns) {
   return align_up(rows * columns * dtype_bytes(accumulator_dtype(shape.dtype)));

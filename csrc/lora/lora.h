@@ -64,6 +64,8 @@ struct BackwardArgs {
   ConstMatrix dy;             // [num_tokens, out_features]
   ConstMatrix x;              // [num_tokens, in_features]; read for da alone
   ConstMatrix a, b;           // as in the forward
+  const void* g = nullptr;    // [num_tokens, rank], accumulator type, contiguous, where the caller has it; dy and b are
+                              // then read for db alone
   const void* v = nullptr;    // the forward's v; read for db alone
   MutableMatrix dx;           // holds the base's part, is added to; null: not wanted
   void* da = nullptr;         // [rank, in_features], contiguous; null: not wanted

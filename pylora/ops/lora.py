@@ -56,8 +56,9 @@ def lora_linear(
     Numerics: the low-rank sums are f32 (f64 for float64 x) whatever the storage types. Where pylora's own product
     serves (csrc/cpu/gemm.h: 16-bit types, and float32 with few rows), base, low-rank part and bias are one f32 sum,
     rounded once; elsewhere torch's base product is rounded to x's dtype, then y once more with the low-rank part added.
-    The low-rank part of a row, and all of it where the product is pylora's, has the same bits for any number of threads
-    and whatever other rows are beside it, except that up to three rows take another path than more.
+    Where the product is pylora's a row of y has the same bits for any number of threads and whatever other rows are
+    beside it, except that up to three rows take another path than more; torch's products, which also make the gradients
+    of float32 and float64, promise neither.
 
     Raises:
         ValueError: a shape, device or probability does not fit; the message names the argument and both values.
