@@ -147,7 +147,7 @@ class FusedModules:
         """The tensors of a forward on x, or None where the modules have to be called: other dtypes, other kinds of
         tensor, a parametrised or biased factor. An x of the wrong width is not noticed here.
         """
-        weight = self._base_params.get("weight")
+        weight: Any = self._base_params.get("weight")
         if type(weight) not in _PLAIN_TENSORS or type(x) not in _PLAIN_TENSORS or not x.is_cpu or x.is_nested:
             return None
         dtype = weight.dtype
@@ -185,7 +185,8 @@ def _plain_adapter(modules: dict[str, Any], name: str) -> _Adapter | None:
 
 
 def _read_term(layer: Any, adapter: _Adapter, base_dtype: torch.dtype) -> Term | None:
-    a, b = adapter.a_params.get("weight"), adapter.b_params.get("weight")
+    a: Any = adapter.a_params.get("weight")
+    b: Any = adapter.b_params.get("weight")
     if type(a) not in _PLAIN_TENSORS or type(b) not in _PLAIN_TENSORS:
         return None
     if adapter.a_params.get("bias") is not None or adapter.b_params.get("bias") is not None:

@@ -14,6 +14,7 @@ from pylora.layers.fused import FusedModules, calls_are_observed
 from pylora.layers.registry import register_layer
 from pylora.ops import lora_add, lora_linear
 
+
 class Linear(DeltaLayer):
     """A dense layer with adapters: y = base(x) + sum over active adapters of scaling · B·A·dropout(x).
 
