@@ -156,8 +156,11 @@ void expand_tile(const Accumulator<T>* v, int64_t rank, Accumulator<T> scaling, 
   }
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < kVectors; ++n) {
-      Vec<C> delta = splat(scaling) * sum[m][n];
-      if (multiplier) delta *= load(multiplier + m * multiplier_stride + n * kLanes<C>);
+      // The product with the sum comes last: GCC fuses it with the addition to y only where no branch is between them,
+      // and every tile has to round alike.
+      Vec<C> share = splat(scaling);
+      if (multiplier) share *= load(multiplier + m * multiplier_stride + n * kLanes<C>);
+      const Vec<C> delta = share * sum[m][n];
       T* p = y + m * y_stride + n * kLanes<C>;
       if (kPartial) {
         store_partial(p, load_partial(p, partial) + delta, partial);
