@@ -17,10 +17,10 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install build test ctest pytest lint format demo bench cuda neon wheel sdist doctor clean distclean
+.PHONY: help install build test ctest pytest sanitize test-arm lint format demo bench cuda wheel sdist doctor clean distclean
 
 help:  ## Show the targets.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,22 @@ ctest: $(VENV)/.built  ## Build and run the C++ tests of the kernel library.
 # A process a core and one thread a process: more threads than cores make the tests slower.
 pytest: $(VENV)/.built  ## Run the Python tests; PYTEST="tests/ops -k dropout" picks some.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+# build/sanitize: memory and undefined behaviour; build/sanitize-thread: data races, in the tests that have threads.
+sanitize: $(VENV)/.installed  ## Run the C++ tests under ASan and UBSan, and those of threads under TSan.
+	$(CONFIGURE) -B build/sanitize -DPYLORA_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+	$(CONFIGURE) -B build/sanitize-thread -DPYLORA_SANITIZE=thread
+	$(BIN)/cmake --build build/sanitize-thread
+	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure --no-tests=error --tests-regex '^test_threads_'
+
+# Debian's g++-aarch64-linux-gnu and qemu-user are enough. Says nothing about speed.
+test-arm: $(VENV)/.installed  ## Compile the kernel library for aarch64 and run its C++ tests in QEMU.
+	$(CONFIGURE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+	$(BIN)/cmake --build build/arm
+	$(BIN)/ctest --test-dir build/arm --output-on-failure --no-tests=error
 
 lint: $(VENV)/.installed  ## Check style, types, import rules and C++ format.
 	$(BIN)/ruff check .
@@ -78,13 +94,6 @@ wheel: $(VENV)/.installed  ## Build a wheel, install it into an empty venv and u
 	$(BIN)/python -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip --disable-pip-version-check --quiet install --no-compile -c requirements-dev.txt dist/*.whl
 	cd build/wheel-venv && bin/python -I ../../tests/build/wheel_smoke.py && bin/pylora doctor
-
-# Debian's g++-aarch64-linux-gnu and qemu-user are enough. Says nothing about speed.
-neon: $(VENV)/.installed  ## Compile the kernel library for aarch64 and run its C++ tests in QEMU.
-	$(CONFIGURE) -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
-	$(BIN)/cmake --build build/neon
-	$(BIN)/ctest --test-dir build/neon --output-on-failure
 
 sdist: $(VENV)/.installed  ## Build a source distribution, and a wheel from nothing but that.
 	rm -rf dist/*.tar.gz build/from-sdist

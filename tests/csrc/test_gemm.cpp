@@ -2,40 +2,18 @@
 #include "cpu/gemm.h"
 
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
 #include <vector>
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "inputs.h"
 
 using namespace pylora;
+using test::from_bf16;
+using test::normal;
+using test::to_bf16;
 
 namespace {
-
-std::vector<float> normal(int64_t count, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> distribution;
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values)
-    value = distribution(generator);
-  return values;
-}
-
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float from_bf16(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
 
 /// Runs as three threads would, in one: ranges in reverse, so that a range that reads another's results shows.
 Context three_ranges() {
@@ -88,10 +66,8 @@ void check_product(int64_t rows, int64_t columns, int64_t depth, DType dtype, bo
   args.low_rank = low_rank.term;
   args.bias = narrow ? static_cast<const void*>(bias16.data()) : bias.data();
   args.y = {narrow ? static_cast<void*>(y16.data()) : y.data(), columns, 1};
-  const size_t bytes = static_cast<size_t>(gemm_workspace_bytes(args) + 64) / 64 * 64;
-  const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, bytes), &std::free);
-  std::memset(workspace.get(), 0xff, bytes);
-  args.workspace = workspace.get();
+  const test::AlignedBuffer workspace(gemm_workspace_bytes(args));
+  args.workspace = workspace.data.get();
 
   CHECK(gemm_cpu(Context{}, args).is_ok(), "%ld x %ld x %ld", long(rows), long(columns), long(depth));
   for (int64_t t = 0; t < rows; ++t) {
