@@ -99,7 +99,8 @@ class BaseTuner(nn.Module, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, adapters in place."""
-        return self.model(*args, **kwargs)
+        model = self._modules.get("model")  # `self.model` takes 1 us
+        return (self.model if model is None else model)(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

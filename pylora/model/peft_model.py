@@ -67,7 +67,7 @@ class PeftModel(AdapterFiles, nn.Module):
         self.active_adapter: str = adapter_name
         self.peft_type = peft_config.peft_type
         # Arguments meant for adapters, which the base model's forward does not know.
-        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
+        self.special_peft_forward_args = set(_ADAPTER_ARGUMENTS)
         self._is_prompt_learning = False
         self._adapters_disabled = False
 
@@ -120,6 +120,9 @@ class PeftModel(AdapterFiles, nn.Module):
         return getattr(self.base_model, "dtype", None)
 
     def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules")
+        if modules is not None and name in modules:  # what each call asks for: the way through torch takes 1 us
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -143,11 +146,38 @@ class PeftModel(AdapterFiles, nn.Module):
     def _without_adapter_arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in kwargs.items() if key not in self.special_peft_forward_args}
 
+    def _directly_called(self, kwargs: dict[str, Any]) -> nn.Module | None:
+        """The base model, if a call with these arguments comes to calling it with them; else None.
+
+        It does when none of them is meant for adapters, and neither this object's class nor the tuner's has methods of
+        its own for what happens around the call. Two context managers that do nothing would take 15 us.
+        """
+        attributes = self.__dict__
+        if kwargs and not (
+            _ADAPTER_ARGUMENTS.isdisjoint(kwargs) and kwargs.keys().isdisjoint(self.special_peft_forward_args)
+        ):
+            return None
+        cls, tuner = type(self), attributes["_modules"].get("base_model")
+        if (
+            type(tuner) is not LoraModel
+            or cls._enable_peft_forward_hooks is not _ENABLE_HOOKS
+            or cls._without_adapter_arguments is not _WITHOUT_ADAPTER_ARGUMENTS
+            or cls.get_base_model is not _GET_BASE_MODEL
+            or LoraModel._enable_peft_forward_hooks is not _PASS_TO_LAYERS
+            or "_enable_peft_forward_hooks" in tuner.__dict__
+            or not _AROUND_A_CALL.isdisjoint(attributes)
+        ):
+            return None
+        return tuner._modules.get("model")
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass with the active adapters.
 
         `adapter_names`, one name per row of the batch, chooses adapters row by row where the layers support it.
         """
+        base = self._directly_called(kwargs)
+        if base is not None:
+            return base(*args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.get_base_model()(*args, **self._without_adapter_arguments(kwargs))
 
@@ -269,6 +299,15 @@ class PeftModel(AdapterFiles, nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter adds a product to each weight, so that it can be written as plain LoRA."""
         return self.base_model.supports_lora_conversion()
+
+
+# Arguments for the layers, and the methods that a call goes through, as they are before anyone replaces them.
+_ADAPTER_ARGUMENTS = frozenset(("adapter_names", "alora_offsets"))
+_AROUND_A_CALL = frozenset(("_enable_peft_forward_hooks", "_without_adapter_arguments", "get_base_model"))
+_ENABLE_HOOKS = PeftModel._enable_peft_forward_hooks
+_WITHOUT_ADAPTER_ARGUMENTS = PeftModel._without_adapter_arguments
+_GET_BASE_MODEL = PeftModel.get_base_model
+_PASS_TO_LAYERS = LoraModel._enable_peft_forward_hooks
 
 
 def require_lora(config: Any) -> None:

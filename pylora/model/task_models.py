@@ -60,6 +60,8 @@ class _TaskModel(PeftModel):
 
     def _call(self, other: dict[str, Any], **named: Any) -> Any:
         """The base model on the task's named arguments and the caller's other ones."""
+        if self._directly_called(other) is not None:
+            return self.base_model(**named, **other)
         with self._enable_peft_forward_hooks(**other):
             return self.base_model(**named, **self._without_adapter_arguments(other))
 
