@@ -9,6 +9,8 @@
 
 #include "binding/status.h"
 #include "cpu/isa.h"
+#include "dora/call.h"
+#include "dora/kept_norms.h"
 #include "lora/call.h"
 
 namespace py = pybind11;
@@ -62,4 +64,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lora_add", &lora::call_add, arg("base"), arg("x"), arg("a"), arg("b"), arg("scaling"), arg("dropout_p"),
         arg("rng"), no_gil);
   m.def("lora_dropout", &lora::call_dropout, arg("x"), arg("dropout_p"), arg("rng"), no_gil);
+
+  m.def("dora_row_squares", &dora::call_row_squares, arg("weight"), no_gil);
+  m.def("dora_row_norms", &dora::call_row_norms, arg("weight"), arg("a"), arg("b"), arg("scaling"), no_gil);
+  m.def("dora_linear", &dora::call_linear, arg("x"), arg("weight"), arg("bias"), arg("a"), arg("b"), arg("magnitude"),
+        arg("norms"), arg("scaling"), arg("dropout_p"), arg("rng"), no_gil);
+  m.def("dora_linear_norms", &dora::call_linear_norms, arg("x"), arg("weight"), arg("bias"), arg("a"), arg("b"),
+        arg("magnitude"), arg("squares"), arg("scaling"), arg("dropout_p"), arg("rng"), no_gil);
+  py::class_<dora::KeptNorms>(m, "KeptNorms", "See csrc/dora/kept_norms.h. A copy is empty.")
+      .def(py::init<>())
+      .def("find", &dora::KeptNorms::find, arg("weight"), arg("a"), arg("b"), arg("scaling"), arg("writes"),
+           arg("trust"))
+      .def("keep", &dora::KeptNorms::keep, arg("weight"), arg("a"), arg("b"), arg("scaling"), arg("writes"),
+           arg("trust"), arg("norms"))
+      .def("find_squares", &dora::KeptNorms::find_squares, arg("weight"), arg("writes"))
+      .def("keep_squares", &dora::KeptNorms::keep_squares, arg("weight"), arg("writes"), arg("squares"))
+      .def("clear", &dora::KeptNorms::clear)
+      .def("__bool__", [](const dora::KeptNorms& kept) { return !kept.empty(); })
+      .def(py::pickle([](const dora::KeptNorms&) { return py::tuple(); },
+                      [](const py::tuple&) { return dora::KeptNorms(); }));
 }

@@ -30,3 +30,41 @@ def lora_add(
     base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout_p: float, rng: Tensor | None
 ) -> Tensor: ...
 def lora_dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor: ...
+def dora_row_squares(weight: Tensor) -> Tensor: ...
+def dora_row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor: ...
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    norms: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng: Tensor | None,
+) -> Tensor: ...
+def dora_linear_norms(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    squares: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    rng: Tensor | None,
+) -> tuple[Tensor, Tensor]: ...
+
+class KeptNorms:
+    """DoRA's norms while W, A and B are known unchanged: csrc/dora/kept_norms.h. True while norms are kept."""
+
+    def find(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float, writes: int, trust: int) -> Tensor | None: ...
+    def keep(
+        self, weight: Tensor, a: Tensor, b: Tensor, scaling: float, writes: int, trust: int, norms: Tensor
+    ) -> None: ...
+    def find_squares(self, weight: Tensor, writes: int) -> Tensor | None: ...
+    def keep_squares(self, weight: Tensor, writes: int, squares: Tensor) -> None: ...
+    def clear(self) -> None: ...
+    def __bool__(self) -> bool: ...

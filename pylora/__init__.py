@@ -59,7 +59,7 @@ _EXPORTS = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    "pylora.layers.variants.dora_cache": ("DoraCaching",),
+    "pylora.layers.variants.dora_cache": ("DoraCaching", "invalidate"),
     "pylora.model.conversion": ("convert_to_lora", "save_as_lora"),
     "pylora.model.lora_model": ("LoraModel",),
     "pylora.model.mapping": (
@@ -133,6 +133,7 @@ if TYPE_CHECKING:  # the same table for type checkers, which cannot read the one
     from pylora.errors import PyloraBuildError as PyloraBuildError
     from pylora.errors import UnsupportedFeatureError as UnsupportedFeatureError
     from pylora.layers.variants.dora_cache import DoraCaching as DoraCaching
+    from pylora.layers.variants.dora_cache import invalidate as invalidate
     from pylora.model.auto import AutoPeftModel as AutoPeftModel
     from pylora.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from pylora.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction

@@ -1,5 +1,16 @@
 """The ops: public functions over the native kernels, one file an op, each with its definition in `reference/`."""
 
+from pylora.ops.dora import KeptNorms, dora_linear, dora_linear_norms, dora_row_norms, dora_row_squares
 from pylora.ops.lora import draw_rng, lora_add, lora_dropout, lora_linear
 
-__all__ = ["draw_rng", "lora_add", "lora_dropout", "lora_linear"]
+__all__ = [
+    "KeptNorms",
+    "dora_linear",
+    "dora_linear_norms",
+    "dora_row_norms",
+    "dora_row_squares",
+    "draw_rng",
+    "lora_add",
+    "lora_dropout",
+    "lora_linear",
+]

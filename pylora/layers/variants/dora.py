@@ -1,13 +1,12 @@
 """DoRA: direction and magnitude of each weight row trained apart (https://arxiv.org/abs/2402.09353).
 
 y = m / ‖W + s·B·A‖ · (W + s·B·A)·x, the norm of each row taken as a constant (section 4.3 of the paper), m starting as
-the norm. Numerics, state-dict keys and shapes are PEFT 0.21's (tuners/lora/dora.py and variants.py); the norm itself is
-computed from the factors, see `dora_norm`.
+the norm. Numerics, state-dict keys and shapes are PEFT 0.21's (tuners/lora/dora.py and variants.py). Norms and a dense
+layer's whole forward are computed by `pylora.ops.dora`; when norms are computed anew is up to `dora_cache`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +15,25 @@ from torch import nn
 
 from pylora.errors import UnsupportedFeatureError
 from pylora.layers.merging import Delta, RowScale
-from pylora.layers.variants.dora_cache import KeptNorm, caching_enabled
+from pylora.layers.variants.dora_cache import find_norms, find_squares, keep_norms, keep_squares
 from pylora.layers.variants.dora_norm import row_norms
 from pylora.layers.variants.protocol import LoraVariant
 from pylora.layers.variants.registry import register_variant
+from pylora.ops import KeptNorms, dora_linear, dora_linear_norms, dora_row_squares
 
-_KEY = "weight-norm"
+_NUMBERS = (float, int)
+_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 class DoraLinearLayer(nn.Module):
@@ -37,44 +49,13 @@ class DoraLinearLayer(nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self._dora_cache: dict[str, KeptNorm] = {}
+        # One or two numbers a row, and no reference to the weights. A copy's is empty.
+        self._kept_norms = KeptNorms()
 
     def forward(self, norm: torch.Tensor) -> torch.Tensor:
         """The factor on each row, magnitude / norm, in the magnitudes' shape; the magnitude where the norm is 0."""
         norm = norm.to(self.weight.dtype).view_as(self.weight)
         return self.weight / torch.where(norm == 0, 1, norm)
-
-    def norm(
-        self, compute: Callable[[], torch.Tensor], sources: tuple[torch.Tensor, ...], scaling: Any
-    ) -> torch.Tensor:
-        """The row norms, kept from an earlier call where `DoraCaching` allows it.
-
-        Args:
-            compute: Computes them.
-            sources: The tensors that it computes them from.
-            scaling: The scaling that it uses.
-        """
-        if self.training or not caching_enabled():
-            self._dora_cache.clear()
-            return compute()
-        kept = self._dora_cache.get(_KEY)
-        if kept is not None and kept.is_valid(sources, scaling):
-            return kept.norm
-        self._dora_cache.clear()
-        with torch.inference_mode(False):  # a tensor of inference mode could not be used in a later call with autograd
-            norm = compute()
-            entry = KeptNorm.of(norm, sources, scaling)
-        if entry is not None:
-            self._dora_cache[_KEY] = entry
-        return norm
-
-    def train(self, mode: bool = True) -> DoraLinearLayer:
-        if mode:
-            self._dora_cache.clear()
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dora_cache": {}}  # a copy would hold copies of the base weight
 
     def __repr__(self) -> str:
         return "lora.dora." + super().__repr__()
@@ -119,14 +100,23 @@ class _Dora(LoraVariant):
     @classmethod
     def _factor(cls, module: Any, name: str) -> torch.Tensor:
         """magnitude / norm for each row, [out], differentiable by the magnitude."""
-        base_weight = module.get_base_layer().weight
         magnitude = module.lora_magnitude_vector[name]
-        matrix = module._base_weight().as_matrix(base_weight.detach())
-        factors = cls._factors(module, name)
-        norm = magnitude.norm(
-            lambda: cls._row_norms(module, name, matrix, matrix.device), (base_weight, *factors), module.scaling[name]
-        )
-        return magnitude(norm).flatten()
+        return magnitude(cls._kept_row_norms(module, name, magnitude._kept_norms)).flatten()
+
+    @classmethod
+    def _kept_row_norms(cls, module: Any, name: str, kept: KeptNorms) -> torch.Tensor:
+        """The row norms, from an earlier call where nothing that they depend on has changed since."""
+        weight: torch.Tensor = module.get_base_layer().weight
+        scaling = module.scaling[name]
+        matrix = module._base_weight().as_matrix(weight.detach())
+        if torch.compiler.is_compiling() or type(scaling) not in _NUMBERS:
+            return cls._row_norms(module, name, matrix, matrix.device)
+        a, b = cls._factors(module, name)
+        norms = find_norms(kept, weight, a, b, scaling)
+        if norms is None:
+            norms = cls._row_norms(module, name, matrix, matrix.device)
+            keep_norms(kept, weight, a, b, scaling, norms)
+        return norms
 
     @staticmethod
     def check(module: Any, r: int, config: Any) -> None:
@@ -216,6 +206,40 @@ class DoraLinearVariant(_DoraOnModules):
     def _base_without_bias(module: Any, x: torch.Tensor) -> torch.Tensor:
         weight = module.get_base_layer().weight
         return F.linear(x, module._base_weight().as_matrix(weight).to(x.dtype))
+
+    @classmethod
+    def fused_forward(
+        cls,
+        module: Any,
+        active_adapter: str,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        dropout_p: float,
+    ) -> torch.Tensor | None:
+        magnitudes = module._modules["lora_magnitude_vector"]._modules[active_adapter]
+        parameters = magnitudes._parameters
+        magnitude = parameters.get("weight")
+        if type(magnitudes) is not DoraLinearLayer or len(parameters) != 1 or type(magnitude) not in _PLAIN_TENSORS:
+            return None
+        if _is_hooked(magnitudes):
+            return None
+        if torch.compiler.is_compiling():
+            return dora_linear_norms(x, weight, bias, a, b, magnitude, None, scaling, dropout_p)[0]
+        kept = magnitudes._kept_norms
+        norms = find_norms(kept, weight, a, b, scaling)
+        if norms is not None:
+            return dora_linear(x, weight, bias, a, b, magnitude, norms, scaling, dropout_p)
+        squares = find_squares(kept, weight)
+        if squares is None:
+            squares = dora_row_squares(weight)
+            keep_squares(kept, weight, squares)
+        y, norms = dora_linear_norms(x, weight, bias, a, b, magnitude, squares, scaling, dropout_p)
+        keep_norms(kept, weight, a, b, scaling, norms)
+        return y
 
 
 class _DoraConvNdVariant(_DoraOnModules):

@@ -1,31 +1,105 @@
-"""Keeping DoRA's row norms between forwards: the switch, and when a kept norm is still right."""
+"""When DoRA's row norms are reused: while the base weight, the factors and the scaling are known unchanged.
+
+`KeptNorms` (csrc/dora/kept_norms.h) compares the tensors themselves: storage, layout and torch's count of writes. What
+it cannot see is decided here. Tensors that inference mode made have no count, and are trusted within one
+`DoraCaching`. Optimizers that write through raw pointers are not counted: a step of any torch optimizer ends what was
+kept of trained tensors. In a process group (FSDP gathers parameters into one memory again and again, uncounted) norms
+are kept within `DoraCaching` only.
+"""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from pylora.ops import KeptNorms
 
 
-class _Switch:
+class _State:
     enabled: bool = False
+    # How often caching has been switched on or off: trust ends with either.
+    switches: int = 1
+    steps: int = 0
+
+
+def _count_step(*args: Any) -> None:
+    _State.steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def _in_process_group() -> bool:
+    return False
+
+
+if torch.distributed.is_available():
+    _in_process_group = torch.distributed.is_initialized
 
 
 def caching_enabled() -> bool:
-    """Whether DoRA layers in evaluation mode keep their norms."""
-    return _Switch.enabled
+    """Whether a `DoraCaching` is in effect."""
+    return _State.enabled
+
+
+def find_norms(
+    kept: KeptNorms, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor | None:
+    """The norms kept for these tensors, None where they are unknown or may have changed."""
+    if _State.enabled:
+        return kept.find(weight, a, b, scaling, _State.steps, _State.switches)
+    return None if _in_process_group() else kept.find(weight, a, b, scaling, _State.steps, 0)
+
+
+def keep_norms(
+    kept: KeptNorms, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, norms: torch.Tensor
+) -> None:
+    """Keep norms that have just been computed from these tensors."""
+    if _State.enabled or not _in_process_group():
+        kept.keep(weight, a, b, scaling, _State.steps, _State.switches if _State.enabled else 0, norms)
+
+
+def find_squares(kept: KeptNorms, weight: torch.Tensor) -> torch.Tensor | None:
+    """The squares kept for this weight, None where they are unknown or may have changed."""
+    return None if _in_process_group() else kept.find_squares(weight, _State.steps)
+
+
+def keep_squares(kept: KeptNorms, weight: torch.Tensor, squares: torch.Tensor) -> None:
+    """Keep squares that have just been computed from this weight."""
+    if not _in_process_group():
+        kept.keep_squares(weight, _State.steps, squares)
+
+
+def invalidate(model: nn.Module) -> None:
+    """Forget what was computed from the weights of `model`: to be called after edits that torch does not count.
+
+    DoRA layers keep the norms of their weight's rows, and compute them anew when torch counts a write to the weight or
+    a factor, or one of them is replaced. Not counted are writes through `.data` (`weight.data.add_(...)`), numpy, a raw
+    pointer or a CUDA graph. A step of a torch optimizer is always noticed, however it writes.
+
+    Args:
+        model: A model, or any part of one.
+    """
+    for module in model.modules():
+        kept = module.__dict__.get("_kept_norms")
+        if kept is not None:
+            kept.clear()
 
 
 class DoraCaching:
-    """Lets DoRA layers keep their weight norms between forwards in evaluation mode, for one number per output feature.
+    """Lets DoRA layers trust weights whose writes torch does not count while their norms are kept.
 
-    A kept norm is computed again when the base weight, a factor or the scaling has changed since. Writes that torch
-    does not count are not noticed: those through `.data` (`weight.data.add_(...)`) and through numpy or a raw pointer;
-    a layer forgets its norm in a forward with caching off, and when it is put into training mode.
+    Norms are kept and reused outside of it as well, as long as torch counts no write to the base weight or a factor.
+    Inside, this also holds for weights that were made in inference mode, and in a process group (FSDP, DDP): nothing of
+    the model may be written there, in ways that are not counted, before the context is left or
+    `pylora.invalidate(model)` called.
 
     Args:
-        enabled: What the context switches caching to.
+        enabled: What the context switches this to.
 
     Example:
         >>> with DoraCaching():
@@ -38,56 +112,21 @@ class DoraCaching:
         self.prev_value: bool | None = None
 
     def __enter__(self) -> None:
-        self.prev_value = _Switch.enabled
-        _Switch.enabled = self.enabled
+        self.prev_value = _State.enabled
+        _switch(self.enabled)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _Switch.enabled = bool(self.prev_value)
+        _switch(bool(self.prev_value))
         self.prev_value = None
 
     def __call__(self, enabled: bool = True) -> None:
-        """Switch caching on or off from here on."""
-        _Switch.enabled = enabled
+        """Switch it on or off from here on."""
+        _switch(enabled)
 
 
-class _Seen(NamedTuple):
-    """A tensor as it was. The alias keeps its memory from being given to another tensor, and shares its version."""
-
-    alias: torch.Tensor
-    version: int
-
-    def is_now(self, tensor: torch.Tensor) -> bool:
-        alias = self.alias
-        return (
-            tensor.data_ptr() == alias.data_ptr()
-            and tensor._version == self.version
-            and tensor.dtype is alias.dtype
-            and tensor.shape == alias.shape
-            and tensor.stride() == alias.stride()
-        )
-
-
-class KeptNorm(NamedTuple):
-    """A norm, and what it was computed from."""
-
-    norm: torch.Tensor
-    sources: tuple[_Seen, ...]
-    scaling: Any
-
-    @classmethod
-    def of(cls, norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scaling: Any) -> KeptNorm | None:
-        """None where torch does not count the writes to a source, or the scaling is a tensor."""
-        if isinstance(scaling, torch.Tensor) or any(tensor.is_inference() or tensor.is_meta for tensor in sources):
-            return None
-        return cls(norm, tuple(_Seen(tensor.detach(), tensor._version) for tensor in sources), scaling)
-
-    def is_valid(self, sources: tuple[torch.Tensor, ...], scaling: Any) -> bool:
-        """Whether these are still what the norm was computed from."""
-        return (
-            not isinstance(scaling, torch.Tensor)
-            and scaling == self.scaling
-            and not any(tensor.is_inference() for tensor in sources)
-            and all(seen.is_now(tensor) for seen, tensor in zip(self.sources, sources, strict=True))
-        )
+def _switch(enabled: bool) -> None:
+    if enabled is not _State.enabled:
+        _State.switches += 1
+    _State.enabled = enabled

@@ -44,6 +44,10 @@ class TestBesidePeft:
     def test_outputs_and_gradients(self, both, config, training, ids):
         theirs, ours = both(**config)
         results = []
+        if training and "lora_dropout" in config:  # a hook keeps torch's dropout, whose masks PEFT's are
+            for module in ours.modules():
+                if isinstance(module, nn.Dropout):
+                    module.register_forward_hook(lambda *args: None)
         for model in (ours, theirs):
             model.train(training)
             torch.manual_seed(1)

@@ -1,14 +1,16 @@
-"""`DoraCaching`: what is kept, when it is used, and that it is never out of date."""
+"""DoRA's kept norms: when they are reused, and that they are never out of date."""
 
 import copy
 import pickle
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 import pylora
-from pylora.layers.variants import DoraCaching, dora
+from pylora.layers.variants import DoraCaching, dora, dora_cache
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +24,13 @@ def off():
 def counted(monkeypatch):
     """How many norms have been computed."""
     calls = []
-    original = dora.row_norms
-    monkeypatch.setattr(dora, "row_norms", lambda *args: calls.append(1) or original(*args))
+
+    def count(name):
+        original = getattr(dora, name)
+        monkeypatch.setattr(dora, name, lambda *args: calls.append(name) or original(*args))
+
+    count("row_norms")
+    count("dora_linear_norms")
     return calls
 
 
@@ -33,55 +40,147 @@ def model(make):
 
 
 def caches(model):
-    return [module._dora_cache for module in model.modules() if hasattr(module, "_dora_cache")]
+    return [module._kept_norms for module in model.modules() if hasattr(module, "_kept_norms")]
 
 
-def same(ours, others):
+def fresh(model, *inputs):
+    """What the model computes with nothing kept."""
+    pylora.invalidate(model)
+    return model(*inputs)
+
+
+def same(ours, others, **tolerances):
     for mine, other in zip(ours, others, strict=True):
-        assert_close(mine, other, rtol=0, atol=0)
+        assert_close(mine, other, **{"rtol": 0, "atol": 0, **tolerances})
 
 
-def test_norms_are_computed_once(model, ids, counted):
+@pytest.mark.parametrize("training", [False, True])
+def test_norms_are_computed_once_while_nothing_changes(model, ids, counted, training):
+    model.train(training)
     expected = model(ids)
-    assert not any(caches(model))
-    counted.clear()
-    with DoraCaching():
+    assert len(counted) == len(caches(model)) == 4
+    assert all(caches(model))
+    for _ in range(3):
+        same(model(ids), expected, rtol=1e-6, atol=1e-6)  # a dense layer's first norms come from another product
+    assert len(counted) == 4
+
+
+def test_gradient_accumulation_computes_them_once(model, ids, counted):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for step in range(1, 4):
         for _ in range(3):
-            same(model(ids), expected)
-        assert len(counted) == len(caches(model)) == 4
-        assert all(caches(model))
-    same(model(ids), expected)
+            sum(out.sum() for out in model(ids)).backward()
+        assert len(counted) == 4 * step
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_training_reads_the_base_weight_s_squares_once(make, monkeypatch):
+    layer = make(pylora, targets=["lin"]).base_model.model.lin
+    calls = []
+    original = dora.dora_row_squares
+    monkeypatch.setattr(dora, "dora_row_squares", lambda weight: calls.append(1) or original(weight))
+    for _ in range(3):
+        layer(torch.randn(5, 8))
+        _in_place(layer)
+    assert len(calls) == 1
+    _base_in_place(layer)
+    layer(torch.randn(5, 8))
+    assert len(calls) == 2
+
+
+class _Uncounted(torch.optim.Optimizer):
+    """Writes as an optimizer does that gets raw pointers."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                version = param._version
+                param.data.mul_(1.5)
+                assert param._version == version
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        _Uncounted,
+        lambda params: torch.optim.SGD(params, lr=0.5),
+        lambda params: torch.optim.SGD(params, lr=0.5, foreach=True),
+        lambda params: torch.optim.AdamW(params, lr=0.5, foreach=True),
+        lambda params: torch.optim.AdamW(params, lr=0.5, fused=True),
+    ],
+    ids=["uncounted", "sgd", "foreach", "adamw foreach", "adamw fused"],
+)
+def test_a_step_of_any_optimizer_is_seen(model, ids, make_optimizer):
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+    for _ in range(2):
+        sum(out.square().sum() for out in model(ids)).backward()
+        optimizer.step()
+        outputs = model(ids)
+        same(outputs, fresh(model, ids))
+
+
+def test_a_compiled_step_is_seen(model, ids):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    sum(out.square().sum() for out in model(ids)).backward()
+    torch.compile(optimizer.step, backend="aot_eager")()
+    same(model(ids), fresh(model, ids))
+
+
+def test_edits_through_data_need_invalidate(model, ids):
+    before = model(ids)
+    for module in model.modules():
+        if hasattr(module, "lora_B"):
+            for factor in [*module.lora_B.parameters(), *module.lora_embedding_B.values()]:
+                factor.data.mul_(3)
+    pylora.invalidate(model)
     assert not any(caches(model))
+    after = model(ids)
+    assert not torch.equal(before[0], after[0])
+    same(after, fresh(copy.deepcopy(model), ids))
 
 
-def test_nothing_is_kept_in_training(model, ids, counted):
+def test_no_memory_of_the_weights_is_held(make):
+    layer = make(pylora, targets=["lin"]).base_model.model.lin
+    layer(torch.randn(5, 8))
+    assert layer.lora_magnitude_vector["default"]._kept_norms
+    memory = StorageWeakRef(layer.base_layer.weight.untyped_storage())
+    assert not memory.expired()
+    layer.half()
+    assert memory.expired()
+
+
+def test_in_a_process_group_norms_are_kept_within_caching_only(model, ids, counted, monkeypatch):
+    """FSDP gathers parameters into one memory again and again without counting."""
+    monkeypatch.setattr(dora_cache, "_in_process_group", lambda: True)
+    model(ids)
+    assert not any(caches(model))
+    model(ids)
+    assert len(counted) == 8
     with DoraCaching():
         model(ids)
-        model.train()
-        assert not any(caches(model))
-        counted.clear()
         model(ids)
-        model(ids)
-        assert len(counted) == 8
-        assert not any(caches(model))
+        assert all(caches(model))
+    assert len(counted) == 12
+    model(ids)
+    assert len(counted) == 16
 
 
-def test_switch_and_nesting(model, ids):
+def test_switch_and_nesting():
     DoraCaching()(enabled=True)
-    model(ids)
-    assert all(caches(model))
     with DoraCaching(enabled=False):
-        model(ids)
-        assert not any(caches(model))
+        assert not dora_cache.caching_enabled()
         with DoraCaching():
-            model(ids)
-            assert all(caches(model))
-    model(ids)
-    assert all(caches(model))
+            assert dora_cache.caching_enabled()
+        assert not dora_cache.caching_enabled()
+    assert dora_cache.caching_enabled()
     with pytest.raises(ZeroDivisionError), DoraCaching(enabled=False):
         raise ZeroDivisionError
-    model(ids)
-    assert all(caches(model))
+    assert dora_cache.caching_enabled()
 
 
 def _in_place(layer):
@@ -120,90 +219,140 @@ def _double(layer):
     layer.double()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: layer.set_scale("default", 3.0),
-        lambda layer: layer.scale_layer(0.5),
-        _in_place,
-        _other_data,
-        _other_parameter,
-        _base_weight,
-        _base_in_place,
-        _load,
-        _reset,
-        _double,
-    ],
-)
-def test_every_change_is_seen(model, ids, change):
-    layer = model.base_model.model.lin
-    x = torch.randn(5, 8)
-    with DoraCaching():
-        model(ids)
-        change(layer)
-        x = x.to(layer.base_layer.weight.dtype)
+def _twice_cast(layer):
+    layer.half().float()
+
+
+def _other_storage(layer):
+    """As a sharding wrapper does: the parameter away, and another one with other values in its place."""
+    for parts in (layer.lora_A["default"], layer.lora_B["default"]):
+        weight = parts._parameters.pop("weight").detach().clone()
+        parts._parameters["weight"] = nn.Parameter(weight * 1.7)
+
+
+def _magnitude(layer):
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.mul_(2)
+
+
+def _other_weight_of_the_same_size(layer):
+    layer.base_layer.weight = nn.Parameter(torch.randn_like(layer.base_layer.weight))
+
+
+CHANGES = [
+    lambda layer: layer.set_scale("default", 3.0),
+    lambda layer: layer.scale_layer(0.5),
+    _in_place,
+    _other_data,
+    _other_parameter,
+    _other_storage,
+    _magnitude,
+    _base_weight,
+    _base_in_place,
+    _other_weight_of_the_same_size,
+    _load,
+    _reset,
+    _double,
+    _twice_cast,
+]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["lin", "tr"])
+def test_every_change_is_seen(model, change, caching, inference, name):
+    layer = model.base_model.model.get_submodule(name)
+    x = torch.randn(5, layer.in_features)
+    with DoraCaching(caching), torch.inference_mode(inference):
+        layer(x)
+        layer(x)
+    change(layer)
+    x = x.to(layer.base_layer.weight.dtype)
+    with DoraCaching(caching), torch.inference_mode(inference):
         kept = layer(x)
-    same([kept], [layer(x)])
+        same([kept], [fresh(layer, x)])
 
 
 def test_merging_and_unmerging(model, ids):
-    with DoraCaching():
-        expected = model(ids)
-        model.merge_adapter()
-        model(ids)
-        model.unmerge_adapter()
-        outputs = model(ids)
-    same(outputs, model(ids))
+    expected = model(ids)
+    model.merge_adapter()
+    model(ids)
+    model.unmerge_adapter()
+    outputs = model(ids)
+    same(outputs, fresh(model, ids))
     for mine, other in zip(outputs, expected, strict=True):
         assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
 def test_magnitudes_still_train(model, ids):
-    with DoraCaching():
-        model(ids)
-        sum(out.sum() for out in model(ids)).backward()
+    model(ids)
+    sum(out.sum() for out in model(ids)).backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "magnitude" in name)
 
 
-def test_kept_in_inference_mode_and_used_with_gradients(model, ids):
-    with DoraCaching():
-        with torch.inference_mode():
-            expected = model(ids)
-        outputs = model(ids)
-        same(outputs, expected)
-        sum(out.sum() for out in outputs).backward()
+def test_kept_in_inference_mode_and_used_with_gradients(model, ids, counted):
+    with torch.inference_mode():
+        expected = model(ids)
+    outputs = model(ids)
+    assert len(counted) == 4
+    same(outputs, expected, rtol=1e-6, atol=1e-6)
+    sum(out.sum() for out in outputs).backward()
 
 
-def test_weights_made_in_inference_mode(make, ids, counted):
+def test_weights_made_in_inference_mode_are_trusted_within_caching(make, ids, counted):
     with torch.inference_mode():
         model = make(pylora, targets=["lin"]).eval()
         counted.clear()
+        expected = model(ids)
+        same(model(ids), expected)
+        assert len(counted) == 2
         with DoraCaching():
-            same(model(ids), model(ids))
-    assert len(counted) == 2
-    assert not any(caches(model))
+            same(model(ids), expected)
+            same(model(ids), expected, rtol=1e-6, atol=1e-6)
+            assert len(counted) == 3
+        with torch.inference_mode():
+            _in_place(model.base_model.model.lin)
+        for context in (DoraCaching(False), DoraCaching()):
+            with context:
+                outputs = model(ids)
+                same(outputs, fresh(model, ids))
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_do_not_carry_what_is_kept(model, ids, copier):
-    with DoraCaching():
-        expected = model(ids)
-        twin = copier(model)
-        assert not any(caches(twin))
-        same(twin(ids), expected)
-        assert all(caches(twin))
-    assert "_dora_cache" not in "".join(model.state_dict())
+    expected = model(ids)
+    twin = copier(model)
+    assert not any(caches(twin))
+    assert all(caches(model))
+    same(twin(ids), expected)
+    assert all(caches(twin))
+    with torch.no_grad():
+        twin.base_model.model.lin.lora_A["default"].weight.mul_(2)
+    outputs = twin(ids)
+    same(outputs, fresh(twin, ids))
+    assert not torch.equal(outputs[0], expected[0])
+    assert "kept" not in "".join(model.state_dict())
 
 
 def test_several_adapters(make, ids, counted):
     model = make(pylora, targets=["lin"], names=("one", "two")).eval()
-    expected = model(ids)
     counted.clear()
-    with DoraCaching():
-        same(model(ids), expected)
-        same(model(ids), expected)
-        assert len(counted) == 2
-        model.set_adapter("two")
-        alone = model(ids)
-        assert len(counted) == 2
-    same(alone, model(ids))
+    expected = model(ids)
+    assert len(counted) == 2
+    same(model(ids), expected)
+    assert len(counted) == 2
+    model.set_adapter("two")
+    alone = model(ids)
+    assert len(counted) == 2
+    same(alone, fresh(model, ids), rtol=1e-6, atol=1e-6)
+
+
+def test_a_hook_on_the_magnitudes_runs(make):
+    layer = make(pylora, targets=["lin"]).base_model.model.lin.eval()
+    x = torch.randn(5, 8)
+    expected = layer(x)
+    seen = []
+    layer.lora_magnitude_vector["default"].register_forward_hook(lambda *args: seen.append(1))
+    assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    assert seen == [1]

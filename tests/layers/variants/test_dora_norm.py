@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from pylora.layers.variants import dora_norm
 from pylora.layers.variants.dora_norm import row_norms
 
 
@@ -33,13 +31,11 @@ def test_as_of_the_whole_matrix(dtype, shape, scaling):
     assert_close(norms, direct(weight, a, b, scaling), rtol=1e-6, atol=1e-9)
 
 
-def test_any_strides_and_blocks(monkeypatch):
+def test_any_strides():
     weight, a, b = factors(50, 40)
     expected = direct(weight, a, b, 2.0)
-    for elements in (1, 120, 1 << 22):
-        monkeypatch.setattr(dora_norm, "_BLOCK_ELEMENTS", elements)
-        for view in (weight, weight.t().contiguous().t(), torch.cat([weight, weight], 1)[:, :40]):
-            assert_close(row_norms(view, a, b, 2.0), expected, rtol=1e-6, atol=0)
+    for view in (weight, weight.t().contiguous().t(), torch.cat([weight, weight], 1)[:, :40]):
+        assert_close(row_norms(view, a, b, 2.0), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("left", [0.0, 1e-6, 1e-3, 3e-2])
@@ -83,31 +79,17 @@ def test_meta(on_meta):
     assert norms.shape == (6,)
 
 
-class _Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that was made."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.data_ptr() not in _pointers(args):
-            self.elements = max(self.elements, result.numel())
-        return result
+def test_factors_in_two_dtypes():
+    weight, a, b = factors(6, 5)
+    assert_close(row_norms(weight, a.half(), b.bfloat16(), 0.5), direct(weight, a.half(), b.bfloat16(), 0.5))
 
 
-def _pointers(args):
-    return {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_of_the_weight_s_size_is_made(monkeypatch, dtype):
-    monkeypatch.setattr(dora_norm, "_BLOCK_ELEMENTS", 1024)
-    weight, a, b = factors(256, 256, dtype=dtype)
-    with _Largest() as largest:
+def test_nothing_of_the_weight_s_size_is_made():
+    weight, a, b = factors(256, 4096)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         row_norms(weight, a, b, 1.0)
-    assert 0 < largest.elements <= 1024
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= weight.nbytes / 8
 
 
 def test_no_elements():
@@ -120,4 +102,3 @@ def test_in_a_compiled_graph():
     compiled = torch.compile(lambda *args: row_norms(*args) * 2, backend="eager", fullgraph=True)
     for scaling in (1.0, torch.tensor(0.5)):
         assert_close(compiled(weight, a, b, scaling), row_norms(weight, a, b, scaling) * 2)
-    torch.library.opcheck(dora_norm._traced_row_norms, (weight, a, b, torch.tensor(0.5, dtype=torch.float64)))

@@ -1,0 +1,136 @@
+// The two implementations of dora's own part, behind one shape: Kernels (dora.h's launchers, CPU) and Aten (any other
+// device). Norms come as f64 [out_features]; z, rest and y as rows.
+#pragma once
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
+
+#include "binding/context.h"
+#include "binding/dense.h"
+#include "binding/status.h"
+#include "dora/aten.h"
+#include "dora/heuristics.h"
+
+namespace pylora::dora {
+
+/// What the launch keeps alive beside its arguments.
+struct NormsLaunch {
+  NormsArgs args;
+  Tensor norms, workspace;
+
+  NormsLaunch(const Tensor& weight, const Tensor& a, const Tensor& b, double scaling) {
+    args.out_features = weight.size(0);
+    args.in_features = weight.size(1);
+    args.rank = a.size(0);
+    args.dtype = binding::to_dtype(weight.scalar_type());
+    args.factor_dtype = binding::to_dtype(a.scalar_type());
+    args.scaling = scaling;
+    args.weight = binding::matrix(weight);
+    args.a = binding::matrix(a);
+    args.b = binding::matrix(b);
+    norms = at::empty({args.out_features}, weight.options().dtype(at::kDouble));
+    workspace = binding::workspace_of(norms_workspace_bytes(args), weight);
+    args.norms = norms.mutable_data_ptr<double>();
+    args.workspace = workspace.mutable_data_ptr();
+  }
+};
+
+struct KernelBackend {
+  /// Whether W A^T is taken from a product that has A's rows below x's. Sums in the weight's dtype would be too coarse
+  /// for 16-bit ones, which the norms' own kernel reads.
+  static bool stacks(const Tensor& x) { return x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble; }
+
+  static Tensor dense(const Tensor& x, const Tensor& weight) { return binding::dense_product(x, weight, std::nullopt); }
+
+  static Tensor row_squares(const Tensor& weight) {
+    const Tensor squares = at::empty({weight.size(0)}, weight.options().dtype(at::kDouble));
+    SquaresArgs args{weight.size(0), weight.size(1), binding::to_dtype(weight.scalar_type()), binding::matrix(weight),
+                     squares.mutable_data_ptr<double>()};
+    binding::throw_unless_ok(squares_cpu(binding::cpu_context(), args));
+    return squares;
+  }
+
+  static Tensor row_norms(const Tensor& weight, const Tensor& a, const Tensor& b, double scaling) {
+    const NormsLaunch launch(weight, a, b, scaling);
+    binding::throw_unless_ok(norms_cpu(binding::cpu_context(), launch.args));
+    return launch.norms;
+  }
+
+  /// cross: A W^T, [rank, out].
+  static Tensor row_norms_from(const Tensor& cross, const Tensor& squares, const Tensor& weight, const Tensor& a,
+                               const Tensor& b, double scaling) {
+    const NormsLaunch launch(weight, a, b, scaling);
+    const CrossArgs args{launch.args, binding::matrix(cross), squares.const_data_ptr<double>()};
+    binding::throw_unless_ok(norms_from_cross_cpu(binding::cpu_context(), args));
+    return launch.norms;
+  }
+
+  /// y takes z's memory if in_place.
+  static Tensor scale(const Tensor& z, const OptionalTensor& rest, const Tensor& magnitude, const Tensor& norms,
+                      const OptionalTensor& bias, bool in_place) {
+    const Tensor bias_run = bias ? bias->contiguous() : Tensor();
+    const Tensor magnitudes = magnitude.contiguous();
+    const Tensor y = in_place ? z : at::empty_like(z);
+    ScaleArgs args;
+    args.num_tokens = z.size(0);
+    args.out_features = z.size(1);
+    args.dtype = binding::to_dtype(z.scalar_type());
+    args.magnitude_dtype = binding::to_dtype(magnitude.scalar_type());
+    args.magnitude = magnitudes.const_data_ptr();
+    args.norms = norms.const_data_ptr<double>();
+    args.z = binding::matrix(z);
+    if (rest) args.rest = binding::matrix(*rest);
+    args.bias = bias ? bias_run.const_data_ptr() : nullptr;
+    args.y = {y.mutable_data_ptr(), y.stride(0), 1};
+    binding::throw_unless_ok(scale_cpu(binding::cpu_context(), args));
+    return y;
+  }
+
+  static std::tuple<Tensor, Tensor> scale_backward(const Tensor& dy, const OptionalTensor& z, const Tensor& magnitude,
+                                                   const Tensor& norms, bool need_dz) {
+    const Tensor rows = binding::with_unit_columns(dy), magnitudes = magnitude.contiguous();
+    Tensor dz, dmagnitude;
+    ScaleBackwardArgs args;
+    args.num_tokens = dy.size(0);
+    args.out_features = dy.size(1);
+    args.dtype = binding::to_dtype(dy.scalar_type());
+    args.magnitude_dtype = binding::to_dtype(magnitude.scalar_type());
+    args.magnitude = magnitudes.const_data_ptr();
+    args.norms = norms.const_data_ptr<double>();
+    args.dy = {rows.const_data_ptr(), rows.stride(0), 1};
+    if (need_dz) {
+      dz = at::empty(dy.sizes(), dy.options());
+      args.dz = {dz.mutable_data_ptr(), args.out_features, 1};
+    }
+    if (z) {
+      args.z = binding::matrix(*z);
+      dmagnitude = at::empty({args.out_features}, dy.options().dtype(binding::accumulator_type(dy.scalar_type())));
+      args.dmagnitude = dmagnitude.mutable_data_ptr();
+    }
+    binding::throw_unless_ok(scale_backward_cpu(binding::cpu_context(), args));
+    return {dz, dmagnitude};
+  }
+};
+
+struct AtenBackend {
+  static bool stacks(const Tensor&) { return false; }
+  static Tensor dense(const Tensor& x, const Tensor& weight) { return at::linear(x, weight); }
+  static Tensor row_squares(const Tensor& weight) { return aten::row_squares(weight); }
+  static Tensor row_norms(const Tensor& weight, const Tensor& a, const Tensor& b, double scaling) {
+    return aten::row_norms(weight, a, b, scaling);
+  }
+  static Tensor row_norms_from(const Tensor&, const Tensor&, const Tensor& weight, const Tensor& a, const Tensor& b,
+                               double scaling) {
+    return aten::row_norms(weight, a, b, scaling);
+  }
+  static Tensor scale(const Tensor& z, const OptionalTensor& rest, const Tensor& magnitude, const Tensor& norms,
+                      const OptionalTensor& bias, bool) {
+    return aten::scale(z, rest, magnitude, norms, bias);
+  }
+  static std::tuple<Tensor, Tensor> scale_backward(const Tensor& dy, const OptionalTensor& z, const Tensor& magnitude,
+                                                   const Tensor& norms, bool need_dz) {
+    return aten::scale_backward(dy, z, magnitude, norms, need_dz);
+  }
+};
+
+}  // namespace pylora::dora
