@@ -237,23 +237,35 @@ struct GemvSums {
 
   template <class T>
   __attribute__((always_inline)) void add(const GemvOperands<T>& p) {
-    constexpr int kL = kLanes<float>;
+    constexpr int kPair = 2 * kLanes<float>, kLine = 64 / sizeof(T) > kPair ? 64 / sizeof(T) : kPair;
     int64_t k = 0;
-    for (; k + 2 * kL <= p.count; k += 2 * kL) {
+    for (; k + kLine <= p.count; k += kLine) {
       for (int r = 0; r < R; ++r) {
-        const T* w = p.w + r * p.w_stride + k;
-        Vec<float> first, second;
-        load_pair(w, &first, &second);
-        for (int m = 0; m < M; ++m) {
-          low[m][r] += first * load(p.x + m * p.x_stride + k);
-          high[m][r] += second * load(p.x + m * p.x_stride + k + kL);
-        }
+        // The next R columns' rows. From memory a 16-bit weight is read 1.2 times as fast so; f32, with fewer
+        // instructions for the same bytes, runs far enough ahead by itself.
+        if constexpr (sizeof(T) == 2) __builtin_prefetch(p.w + (R + r) * p.w_stride + k);
+        for (int i = 0; i < kLine; i += kPair)
+          add_pair(p, r, k + i);
       }
     }
+    for (; k + kPair <= p.count; k += kPair)
+      for (int r = 0; r < R; ++r)
+        add_pair(p, r, k);
     for (; k < p.count; ++k)
       for (int m = 0; m < M; ++m)
         for (int r = 0; r < R; ++r)
           tail[m][r] += scalar(p.w + r * p.w_stride + k) * p.x[m * p.x_stride + k];
+  }
+
+ private:
+  template <class T>
+  __attribute__((always_inline)) void add_pair(const GemvOperands<T>& p, int r, int64_t k) {
+    Vec<float> first, second;
+    load_pair(p.w + r * p.w_stride + k, &first, &second);
+    for (int m = 0; m < M; ++m) {
+      low[m][r] += first * load(p.x + m * p.x_stride + k);
+      high[m][r] += second * load(p.x + m * p.x_stride + k + kLanes<float>);
+    }
   }
 };
 
