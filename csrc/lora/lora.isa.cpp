@@ -348,21 +348,50 @@ void convert(ConstMatrix m, int64_t rows, int64_t columns, void* out_data) {
 }
 
 template <class F, class C>
-void round(const void* sums, int64_t rows, int64_t columns, bool transpose, void* out_data) {
-  using A = Accumulator<F>;
-  const C* m = static_cast<const C*>(sums);
-  F* out = static_cast<F*>(out_data);
-  const int64_t out_rows = transpose ? columns : rows, out_columns = transpose ? rows : columns;
-  const int64_t row_stride = transpose ? 1 : columns, column_stride = transpose ? columns : 1;
-  for (int64_t i = 0; i < out_rows; ++i) {
-    for (int64_t j = 0; j < out_columns; j += kLanes<A>) {
-      const int64_t count = min_of<int64_t>(kLanes<A>, out_columns - j);
-      A values[kLanes<A>] = {};
-      for (int64_t n = 0; n < count; ++n)
-        values[n] = static_cast<A>(m[i * row_stride + (j + n) * column_stride]);
-      store_partial(out + i * out_columns + j, load(values), count);
+void round_one(C value, F* out) {
+  const Accumulator<F> values[kLanes<Accumulator<F>>] = {static_cast<Accumulator<F>>(value)};
+  store_partial(out, load(values), 1);
+}
+
+/// The whole blocks of out[columns, rows] = transpose of m[rows, columns], rounded.
+template <class F>
+void round_transposed(const float* m, int64_t rows, int64_t columns, F* out) {
+  constexpr int kL = kLanes<float>;
+  for (int64_t j = 0; j + kL <= columns; j += kL) {
+    for (int64_t i = 0; i + kL <= rows; i += kL) {
+      Vec<float> block[kL];
+#pragma GCC unroll 16
+      for (int n = 0; n < kL; ++n)
+        block[n] = load(m + (i + n) * columns + j);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int n = 0; n < kL; ++n)
+        store(out + (j + n) * rows + i, block[n]);
     }
   }
+}
+
+template <class F, class C>
+void round(const void* sums, int64_t rows, int64_t columns, bool transpose, void* out_data) {
+  const C* m = static_cast<const C*>(sums);
+  F* out = static_cast<F*>(out_data);
+  int64_t whole_rows = 0, whole_columns = 0;  // done by whole vectors or blocks
+  if constexpr (kSame<C, Accumulator<F>>) {
+    constexpr int kL = kLanes<C>;
+    whole_columns = columns / kL * kL;
+    if (!transpose) {
+      whole_rows = rows;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < whole_columns; j += kL)
+          store(out + i * columns + j, load(m + i * columns + j));
+    } else if constexpr (kSame<C, float>) {
+      whole_rows = rows / kL * kL;
+      round_transposed(m, rows, columns, out);
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
+      round_one(m[i * columns + j], out + (transpose ? j * rows + i : i * columns + j));
 }
 
 template <class T>
