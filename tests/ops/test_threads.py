@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pylora.ops import lora_add, lora_dropout, lora_linear
 from pylora.testing.factories import LoraInputs, lora_inputs
+from pylora.testing.lora import RNG
 from pylora.testing.tolerances import assert_near
 
-RNG = torch.tensor([0x0123456789ABCDEF, -0x0FEDCBA987654321])
 LOW = [torch.bfloat16, torch.float16]
 # A row's work is far above the launchers' grain, so that torch gives each thread a range.
 TOKENS, IN_FEATURES, OUT_FEATURES, RANK = 150, 520, 390, 16
@@ -95,7 +95,7 @@ def test_dropout_has_the_same_bits_with_any_number_of_threads(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_torch_products_agree_with_any_number_of_threads(dtype, dropout_p):
-    """Base products and f32 gradients may be torch's, which promises no bits: two roundings and the sums' error apart."""
+    """Base products and f32 gradients may be torch's, which promises no bits: within rounding."""
     inputs = lora_inputs(300, IN_FEATURES, OUT_FEATURES, RANK, dtype)
     one, *others = with_threads(lambda: linear(inputs, dropout_p))
     for other in others:
