@@ -45,6 +45,13 @@ def test_every_rank(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_of_high_rank_or_great_width(isa, dtype):
+    """Around the limits of what gemv stages on the stack: ranks of 512, widths of 8192."""
+    for num_tokens, in_features, rank in [(1, 40, 512), (2, 40, 513), (3, 40, 600), (1, 8192, 3), (3, 8200, 16)]:
+        check_lora(lora_inputs(num_tokens, in_features, 37, rank, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor_dtype", DTYPES)
 def test_factors_in_another_dtype(isa, dtype, factor_dtype):
     check_lora(lora_inputs(33, 129, 70, 12, dtype, factor_dtype))
