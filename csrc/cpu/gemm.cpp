@@ -1,6 +1,7 @@
 // The gemm launcher: which products it takes, its workspace, and sharing out columns.
 #include "cpu/gemm.h"
 
+#include "common/sizes.h"
 #include "cpu/gemm_kernels.h"
 #include "cpu/kernel_table.h"
 
@@ -8,9 +9,6 @@ PYLORA_KERNEL_TABLE(GemmKernels, gemm_kernels)
 
 namespace pylora {
 namespace {
-
-// Multiply-adds that are worth waking a thread for (about 5 us).
-constexpr int64_t kGrainWork = 200000;
 
 bool takes_gemv(const GemmArgs& args) { return args.rows <= kGemvRows && args.w.column_stride == 1; }
 
@@ -48,8 +46,7 @@ Status gemm_cpu(const Context& context, const GemmArgs& args) {
   const auto kernel = (takes_gemv(args) ? kernels.gemv : kernels.gemm)[static_cast<int>(args.dtype)];
   const int64_t tiles = (args.columns + kGemmColumnTile - 1) / kGemmColumnTile;
   const int64_t tile_work = kGemmColumnTile * args.rows * args.depth;
-  const int64_t grain = tile_work > 0 ? 1 + kGrainWork / tile_work : 1;
-  parallel_for(context, tiles, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(context, tiles, grain(tile_work), [&](int64_t begin, int64_t end) {
     const int64_t last = end * kGemmColumnTile < args.columns ? end * kGemmColumnTile : args.columns;
     kernel(begin * kGemmColumnTile, last, args);
   });

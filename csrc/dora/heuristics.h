@@ -1,17 +1,13 @@
 // Sizes that callers and launchers must agree on: pure functions of the shape.
 #pragma once
 
+#include "common/sizes.h"
 #include "dora/dora.h"
 
 namespace pylora::dora {
 
-constexpr int64_t kWorkspaceAlignment = 64;
 /// Columns of W whose part of A, [rank, kPanelColumns], serves a block of rows from cache.
 constexpr int64_t kPanelColumns = 256;
-
-constexpr int64_t align_up(int64_t bytes) {
-  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-}
 
 constexpr int64_t num_panels(int64_t in_features) { return (in_features + kPanelColumns - 1) / kPanelColumns; }
 
@@ -36,10 +32,5 @@ constexpr int64_t gram_bytes(const NormsArgs& args) {
 constexpr int64_t norms_workspace_bytes(const NormsArgs& args) {
   return panels_bytes(args) + coefficients_bytes(args) + gram_bytes(args);
 }
-
-/// Least work of a thread, in multiply-adds: waking a thread costs about 5 us, in which one does about 200,000.
-constexpr int64_t kGrainWork = 200000;
-
-constexpr int64_t grain(int64_t work_per_item) { return work_per_item > 0 ? 1 + kGrainWork / work_per_item : 1; }
 
 }  // namespace pylora::dora

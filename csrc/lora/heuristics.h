@@ -1,15 +1,10 @@
 // Sizes that callers and launchers must agree on: pure functions of the shape.
 #pragma once
 
+#include "common/sizes.h"
 #include "lora/lora.h"
 
 namespace pylora::lora {
-
-constexpr int64_t kWorkspaceAlignment = 64;
-
-constexpr int64_t align_up(int64_t bytes) {
-  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-}
 
 /// Forwards of up to this many tokens, which csrc/cpu/gemm.h serves, never use torch's products: a row then has the
 /// same bits whatever rows are beside it.
@@ -33,10 +28,5 @@ constexpr int64_t forward_workspace_bytes(const Shape& shape) {
 constexpr int64_t backward_workspace_bytes(const Shape& shape) {
   return 2 * forward_workspace_bytes(shape) + block_bytes(shape, shape.num_tokens, shape.rank);
 }
-
-/// Least work of a thread, in multiply-adds: waking a thread costs about 5 us, in which one does about 200,000.
-constexpr int64_t kGrainWork = 200000;
-
-constexpr int64_t grain(int64_t work_per_item) { return work_per_item > 0 ? 1 + kGrainWork / work_per_item : 1; }
 
 }  // namespace pylora::lora

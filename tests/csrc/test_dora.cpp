@@ -3,37 +3,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
 #include <vector>
 
 #include "check.h"
 #include "cpu/isa.h"
 #include "dora/heuristics.h"
+#include "inputs.h"
 
 using namespace pylora;
+using test::AlignedBuffer;
+using test::normal;
 
 namespace {
-
-struct AlignedBuffer {
-  std::unique_ptr<void, decltype(&std::free)> data;
-  explicit AlignedBuffer(int64_t bytes)
-      : data(std::aligned_alloc(dora::kWorkspaceAlignment, static_cast<size_t>(dora::align_up(bytes + 1))),
-             &std::free) {
-    std::memset(data.get(), 0xff, static_cast<size_t>(bytes));  // NaN: a kernel that reads before writing shows
-  }
-};
-
-std::vector<float> normal(int64_t count, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> distribution;
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values)
-    value = distribution(generator);
-  return values;
-}
 
 template <class T>
 void check_close(const char* what, const std::vector<T>& got, const std::vector<double>& expected,

@@ -6,10 +6,11 @@ using namespace pylora;
 
 namespace {
 
-void check_product(int64_t rows, DType dtype, bool transposed) {
+void check_product(int64_t rows, DType dtype, bool transposed, int64_t rank) {
   const int64_t columns = 170, depth = 300;
   const auto x = test::random_elements(dtype, rows * depth, 1), w = test::random_elements(dtype, columns * depth, 2),
-             bias = test::random_elements(dtype, columns, 3);
+             bias = test::random_elements(dtype, columns, 3), b = test::random_elements(dtype, columns * rank, 4);
+  const auto v = test::normal(rows * rank, 5);
   test::check_threads("gemm", [&](const Context& context) {
     test::Bytes y(static_cast<size_t>(rows * columns * dtype_bytes(dtype)));
     GemmArgs args;
@@ -19,6 +20,7 @@ void check_product(int64_t rows, DType dtype, bool transposed) {
     args.dtype = dtype;
     args.x = {x.data(), depth, 1};
     args.w = {w.data(), transposed ? 1 : depth, transposed ? columns : 1};
+    args.low_rank = {rank, 0.7f, v.data(), {b.data(), rank, 1}, dtype};
     args.bias = bias.data();
     args.y = {y.data(), columns, 1};
     const test::AlignedBuffer workspace(gemm_workspace_bytes(args));
@@ -35,7 +37,8 @@ int main() {
     for (DType dtype : {DType::f32, DType::bf16, DType::f16})
       for (bool transposed : {false, true})
         for (int64_t rows : {1, 3, 29, 197})
-          check_product(rows, dtype, transposed);
+          for (int64_t rank : {0, 9})
+            check_product(rows, dtype, transposed, rank);
   });
   return test::failures() == 0 ? 0 : 1;
 }

@@ -65,6 +65,21 @@ struct Case {
     return y_out;
   }
 
+  /// v alone, as for a base product that adds the rest.
+  Bytes run_shrink(const Context& context) const {
+    Bytes v(static_cast<size_t>(shape.num_tokens * shape.rank * dtype_bytes(accumulator_dtype(shape.dtype))));
+    lora::ShrinkArgs args;
+    args.shape = shape;
+    args.dropout = make_dropout(dropout_p, kRng);
+    args.x = {x.data(), shape.in_features, 1};
+    args.a = {a.data(), shape.in_features, 1};
+    args.v = v.data();
+    const AlignedBuffer workspace(lora::shrink_workspace_bytes(shape));
+    args.workspace = workspace.data.get();
+    CHECK(lora::shrink_cpu(context, args).is_ok(), "shrink");
+    return v;
+  }
+
   Bytes run_dropout(const Context& context) const {
     Bytes out(x.size());
     lora::DropoutArgs args;
@@ -96,6 +111,7 @@ int main() {
           }
       const Case c({71, 200, 137, 9, dtype, dtype}, 0);
       test::check_threads("factors of x's dtype", [&](const Context& context) { return c.run(context); });
+      test::check_threads("shrink", [&](const Context& context) { return c.run_shrink(context); });
       test::check_threads("dropout", [&](const Context& context) { return c.run_dropout(context); });
     }
   });
