@@ -12,6 +12,7 @@ The project's metadata is in pyproject.toml.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -139,6 +141,25 @@ def run(command: list[str], failure: str, **environment: str) -> None:
         fail(failure)
 
 
+@contextlib.contextmanager
+def build_lock() -> Iterator[None]:
+    """Hold build/.lock, waiting for whoever has it: two builds of one tree would write the same files.
+
+    The system takes the lock back when the process ends, however it ends.
+    """
+    import fcntl  # not everywhere; check_machine has refused those systems by now
+
+    path = ROOT / "build" / ".lock"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note(f"another build of this tree is running (it holds {path}); waiting for it to end.")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def jobs() -> str:
     return os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
 
@@ -189,17 +210,18 @@ def module_source(folder: Path, cuda: CudaPlan | None) -> str:
 
 
 class BuildNative(BuildExtension):
-    """build_ext: checks the machine, builds the kernel library, then the extension on top of it."""
+    """build_ext: checks the machine, waits for other builds, builds the kernel library, then the extension on top of it."""
 
     def run(self) -> None:
         self.cxx = check_machine()
-        # torch's BuildExtension calls ninja by name.
-        os.environ["PATH"] = os.pathsep.join([os.path.dirname(find_tool("ninja")), os.environ.get("PATH", "")])
-        self.cuda = plan_cuda()
-        # An editable install would build in a temporary folder and so from nothing each time.
-        kind = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
-        self.build_temp = str(ROOT / "build" / f"{kind}{'-cuda' if self.cuda else ''}")
-        super().run()
+        with build_lock():
+            # torch's BuildExtension calls ninja by name.
+            os.environ["PATH"] = os.pathsep.join([os.path.dirname(find_tool("ninja")), os.environ.get("PATH", "")])
+            self.cuda = plan_cuda()
+            # An editable install would build in a temporary folder and so from nothing each time.
+            kind = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+            self.build_temp = str(ROOT / "build" / f"{kind}{'-cuda' if self.cuda else ''}")
+            super().run()
 
     def build_extensions(self) -> None:
         (extension,) = self.extensions

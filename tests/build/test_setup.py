@@ -70,6 +70,28 @@ def test_missing_compiler(tree):
     expect_failure(build(tree, CXX="no-such-compiler"), "no-such-compiler", "apt-get install g++", "CXX")
 
 
+def test_a_second_build_waits_for_the_first(tree):
+    fcntl = pytest.importorskip("fcntl")
+    (tree / "build").mkdir()
+    with (tree / "build" / ".lock").open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = subprocess.Popen(
+            [sys.executable, "setup.py", "build_ext", "--build-lib", "out"],
+            cwd=tree,
+            env={**os.environ, "PYLORA_CUDA": "yes"},  # ends the build as soon as it has the lock
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert second.stderr is not None
+        waiting = next(line for line in second.stderr if line.startswith("pylora:"))
+        assert "another build of this tree is running" in waiting
+        assert second.poll() is None
+    _, message = second.communicate(timeout=60)
+    assert "PYLORA_CUDA: expected 1, 0 or nothing, got 'yes'" in message
+    assert second.returncode != 0
+
+
 def test_missing_nvcc(tree, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
