@@ -210,7 +210,7 @@ def module_source(folder: Path, cuda: CudaPlan | None) -> str:
 
 
 class BuildNative(BuildExtension):
-    """build_ext: checks the machine, waits for other builds, builds the kernel library, then the extension on top of it."""
+    """build_ext: checks the machine, waits for other builds, then builds the kernel library and the extension on it."""
 
     def run(self) -> None:
         self.cxx = check_machine()
