@@ -16,6 +16,7 @@ from pylora.config import require_supported, scaling_for
 from pylora.errors import PeftWarning
 from pylora.init import BaseAccess, draws_left_out, init_adapter
 from pylora.layers.base_weight import is_conv1d
+from pylora.layers.blank import blank, empty_linear
 from pylora.layers.tuner_layer import BaseTunerLayer, params_of, set_layer_requires_grad
 from pylora.layers.variants.protocol import LoraVariant
 from pylora.layers.variants.registry import Variants, resolve_variant, variants_of
@@ -67,31 +68,57 @@ class LoraLayer(BaseTunerLayer):
         "lora_variant",
     )
 
+    base_layer: nn.Module
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    lora_dropout: nn.ModuleDict
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+    lora_magnitude_vector: nn.ModuleDict
+    use_dora: dict[str, bool]
+    use_rslora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    lora_variant: dict[str, LoraVariant]
+    in_features: Any
+    out_features: Any
+    ephemeral_gpu_offload: bool
+    cast_input_dtype_enabled: bool
+    kwargs: dict[str, Any]
+    _modules: dict[str, Any]
+    _caches: dict[str, Any]
+    _tied_layers: dict[str, list[Any]]
+
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         self.base_layer = base_layer
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._may_train: set[str] | None = set()
-        self.use_dora: dict[str, bool] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self._caches: dict[str, Any] = {}
-        # Adapter -> the layers, this one among them, that share its factors and the weight it would be merged into.
-        self._tied_layers: dict[str, list[Any]] = {}
-        self.ephemeral_gpu_offload = ephemeral_gpu_offload
-        self.cast_input_dtype_enabled = True
-        self.lora_variant: dict[str, LoraVariant] = {}
-        self.kwargs = kwargs
-        self.in_features, self.out_features = self._get_in_out_features(self.get_base_layer())
+        for name in ("lora_dropout", "lora_A", "lora_B"):
+            self._modules[name] = blank(nn.ModuleDict)
+        for name in ("lora_embedding_A", "lora_embedding_B"):
+            self._modules[name] = blank(nn.ParameterDict)
+        self._modules["lora_magnitude_vector"] = blank(nn.ModuleDict)
+        # Not one by one: torch looks at each value to see whether it is a module or a parameter, which takes 3 us.
+        self.__dict__.update(
+            r={},
+            lora_alpha={},
+            scaling={},
+            _disable_adapters=False,
+            merged_adapters=[],
+            _may_train=set(),
+            use_dora={},
+            use_rslora={},
+            lora_bias={},
+            _caches={},
+            # Adapter -> the layers, this one among them, that share its factors and the weight it would be merged into.
+            _tied_layers={},
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            cast_input_dtype_enabled=True,
+            lora_variant={},
+            kwargs=kwargs,
+        )
+        in_features, out_features = self._get_in_out_features(self.get_base_layer())
+        self.__dict__.update(in_features=in_features, out_features=out_features)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[Any, Any]:
         if isinstance(module, nn.Linear):
@@ -145,15 +172,13 @@ class LoraLayer(BaseTunerLayer):
         lora_a, lora_b = self._new_factors(r, config)
         with nullcontext() if variant is None else draws_left_out(False):  # a variant starts from the factors
             self._initialise(lora_a, lora_b, config.init_lora_weights, scaling, config)
-        dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
+        dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else blank(nn.Identity)
 
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = scaling
-        self.lora_dropout[adapter_name] = dropout
-        a_name, b_name = self.factor_names
-        getattr(self, a_name)[adapter_name] = lora_a
-        getattr(self, b_name)[adapter_name] = lora_b
+        for attr, item in zip(("lora_dropout", *self.factor_names), (dropout, lora_a, lora_b), strict=True):
+            self._modules[attr][adapter_name] = item
         self.lora_bias[adapter_name] = config.lora_bias
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = config.use_dora
@@ -197,8 +222,8 @@ class LoraLayer(BaseTunerLayer):
 
     def _new_factors(self, r: int, config: Any) -> tuple[Any, Any]:
         """New entries for the containers of A and of B, with undefined values."""
-        lora_a = _empty_linear(self.in_features, r, bias=False)
-        lora_b = _empty_linear(r, self.out_features, bias=config.lora_bias)
+        lora_a = empty_linear(self.in_features, r, bias=False)
+        lora_b = empty_linear(r, self.out_features, bias=config.lora_bias)
         return lora_a, lora_b
 
     def _initialise(self, lora_a: Any, lora_b: Any, scheme: Any, scaling: float, config: Any) -> None:
@@ -309,13 +334,3 @@ class LoraLayer(BaseTunerLayer):
             )
         if any(self.use_dora.get(name, False) for name in adapter_names if name != "__base__"):
             raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
-
-
-def _empty_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    """An `nn.Linear` with undefined weights: its constructor would initialise them, which is the scheme's work."""
-    linear = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(linear)
-    linear.in_features, linear.out_features = in_features, out_features
-    linear.weight = nn.Parameter(torch.empty(out_features, in_features))
-    linear.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
-    return linear

@@ -49,7 +49,8 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
     def get_base_layer(self) -> nn.Module:
         """The innermost wrapped module: tuner layers may wrap one another."""
         base_layer: Any = self
-        while hasattr(base_layer, "base_layer"):
+        # A plain layer has none; to be told so by torch's `__getattr__` takes 3 us.
+        while type(base_layer) is not nn.Linear and hasattr(base_layer, "base_layer"):
             base_layer = base_layer.base_layer
         return base_layer
 

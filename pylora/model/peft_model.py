@@ -71,11 +71,13 @@ class PeftModel(AdapterFiles, nn.Module):
         self._is_prompt_learning = False
         self._adapters_disabled = False
 
+        # Asked now, as the answer takes a look at every module.
+        checkpoints_activations = _checkpoints_activations(model)
         self.base_model = LoraModel(
             model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
         )
         self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        if _checkpoints_activations(model):
+        if checkpoints_activations:
             self.prepare_model_for_gradient_checkpointing(model)
         # Models with this field can split products as tensor parallelism does, which changes their rounding.
         config: Any = getattr(model, "config", None)

@@ -7,6 +7,7 @@ A variant is asked for by a field of the configuration whose metadata says `is_l
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -43,13 +44,24 @@ def variants_of(layer_kind: str) -> Variants:
 def requested_flags(config: Any) -> dict[str, bool]:
     """Every flag that can ask for a variant, and whether the configuration sets it."""
     flags = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for name in field.metadata.get("lora_variants", ()):
+    config_class: Any = type(config)
+    for field_name, values, is_flag in _fields_that_ask(config_class):
+        value = getattr(config, field_name)
+        for name in values:
             flags[name] = value == name
-        if field.metadata.get("is_lora_variant"):
-            flags[field.name] = bool(value)
+        if is_flag:
+            flags[field_name] = bool(value)
     return flags
+
+
+@functools.cache
+def _fields_that_ask(config_class: Any) -> list[tuple[str, tuple[str, ...], bool]]:
+    """(field, its values that ask for a variant, whether it does when it is set) of a dataclass; asked a layer."""
+    fields = [
+        (field.name, tuple(field.metadata.get("lora_variants", ())), bool(field.metadata.get("is_lora_variant")))
+        for field in dataclasses.fields(config_class)
+    ]
+    return [field for field in fields if field[1] or field[2]]
 
 
 def resolve_variant(variants: Variants, config: Any) -> LoraVariant | None:
