@@ -62,8 +62,8 @@ def state_dict_name(name: str) -> str:
 
 def _wrapped(module: nn.Module | None) -> nn.Module | None:
     """What a wrapper without a trace in state dict keys holds; any other module itself."""
-    while module is not None and (inside := next(filter(_TRANSPARENT.__contains__, module._modules), None)):
-        module = module._modules[inside]
+    while module is not None and not _TRANSPARENT.isdisjoint(module._modules):
+        module = module._modules[next(filter(_TRANSPARENT.__contains__, module._modules))]
     return module
 
 
@@ -149,7 +149,16 @@ def _is_keyed_by_adapter(child: Any) -> bool:
 
 def tensor_paths(root: str, held: Any) -> list[str]:
     """State dict keys of what lies at `root`: one for a tensor, several or none for a module."""
+    from torch import nn
+
+    if type(held) is nn.Linear and not (held._modules or held._buffers or _changes_state_dict(held)):
+        return [join(root, key) for key, tensor in held._parameters.items() if tensor is not None]
     return [join(root, key) for key in held.state_dict()] if hasattr(held, "state_dict") else [root]
+
+
+def _changes_state_dict(module: nn.Module) -> bool:
+    """Whether hooks take part in `module.state_dict()`."""
+    return bool(module._state_dict_hooks or module._state_dict_pre_hooks or "state_dict" in module.__dict__)
 
 
 class Place(NamedTuple):

@@ -25,6 +25,7 @@ __all__ = ["VARIANT_KWARG_KEYS", "BaseTunerLayer", "LoraLayer"]
 
 # Forward arguments that are for adapters and never reach the base layer.
 VARIANT_KWARG_KEYS = ("alora_offsets",)
+_WITHOUT_A_MODE_OF_THEIR_OWN = frozenset((nn.Linear, nn.Identity, nn.Dropout))
 
 
 class LoraLayer(BaseTunerLayer):
@@ -210,7 +211,10 @@ class LoraLayer(BaseTunerLayer):
             if container is not self.lora_dropout:
                 set_layer_requires_grad(item, trainable)
             if not training and isinstance(item, nn.Module):
-                item.eval()
+                if item._modules or type(item) not in _WITHOUT_A_MODE_OF_THEIR_OWN:
+                    item.eval()
+                else:
+                    item.__dict__["training"] = False  # what `eval` comes to, without its 4 us
         self._freeze_non_trainable_peft_weights([adapter_name])
 
     def _check_adapter(self, r: int, config: Any) -> None:

@@ -109,7 +109,12 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
     def _adapter_containers(self) -> list[tuple[str, Any]]:
         """The non-empty containers of adapter weights, with their attribute names."""
         modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
-        return [(name, modules[name]) for name in self.adapter_layer_names if len(modules[name])]
+        # Containers keep entries as modules or as parameters; their own `len` is a Python function.
+        return [
+            (name, held)
+            for name in self.adapter_layer_names
+            if (held := modules[name])._modules or held._parameters or len(held)
+        ]
 
     def _get_available_adapters(self) -> set[str]:
         """Names of the adapters that have weights on this layer."""

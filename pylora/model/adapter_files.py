@@ -272,7 +272,9 @@ class AdapterFiles:
             lacking = [*plan.missing, *(key for key, _, _ in plan.mismatched)]
             initialise_left_out(model, adapter_name, lacking, model.peft_config[adapter_name].init_lora_weights)
         result = plan.apply(low_cpu_mem_usage=low_cpu_mem_usage)
-        model.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if low_cpu_mem_usage or not is_new:  # else the tensors have been copied into cast ones
+            tuner = model.base_model
+            tuner._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         return result
 
     def create_or_update_model_card(self, output_dir: StrPath) -> None:

