@@ -57,6 +57,8 @@ def adapter_sites(model: nn.Module) -> Iterator[Site]:
 
 def state_dict_name(name: str) -> str:
     """A module's path as state dict keys have it: without wrappers that leave no trace there."""
+    if "_wrapped_module" not in name:
+        return name
     return ".".join(part for part in name.split(".") if part not in _TRANSPARENT)
 
 
@@ -69,7 +71,7 @@ def _wrapped(module: nn.Module | None) -> nn.Module | None:
 
 def join(*parts: str) -> str:
     """Joins path components, leaving out empty ones."""
-    return ".".join(part for part in parts if part)
+    return ".".join(filter(None, parts))
 
 
 def adapter_roots(site: Site, adapter_name: str) -> dict[str, Any]:

@@ -27,6 +27,13 @@ def set_layer_requires_grad(layer: nn.Module | torch.Tensor, requires_grad: bool
             param.requires_grad_(requires_grad)
 
 
+def _is_empty(container: Any) -> bool:
+    # These keep entries in one of the two; their own `len` is a Python function that others may have.
+    if type(container) is nn.ModuleDict or type(container) is nn.ParameterDict:
+        return not (container._modules or container._parameters)
+    return not len(container)
+
+
 class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of subclasses depend on it)
     """Mixin for modules that wrap a `base_layer` and hold adapters by name.
 
@@ -109,12 +116,7 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
     def _adapter_containers(self) -> list[tuple[str, Any]]:
         """The non-empty containers of adapter weights, with their attribute names."""
         modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
-        # Containers keep entries as modules or as parameters; their own `len` is a Python function.
-        return [
-            (name, held)
-            for name in self.adapter_layer_names
-            if (held := modules[name])._modules or held._parameters or len(held)
-        ]
+        return [(name, held) for name in self.adapter_layer_names if not _is_empty(held := modules[name])]
 
     def _get_available_adapters(self) -> set[str]:
         """Names of the adapters that have weights on this layer."""

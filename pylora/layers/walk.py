@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from torch import nn
 
@@ -17,6 +17,11 @@ class Visit(NamedTuple):
     module: nn.Module
     parent: nn.Module | None
     child_name: str
+
+
+def is_tuner_layer(module: nn.Module) -> TypeGuard[BaseTunerLayer]:
+    """`isinstance(module, BaseTunerLayer)`, which for an abstract class takes as long as the rest of a visit."""
+    return BaseTunerLayer in type(module).__mro__
 
 
 def walk(root: nn.Module, enter_tuner_layers: bool = True) -> Iterator[Visit]:
@@ -37,8 +42,7 @@ def walk(root: nn.Module, enter_tuner_layers: bool = True) -> Iterator[Visit]:
         seen.add(module)
         yield visit
         children = module._modules
-        # By the classes themselves, as a class in their place (ABCMeta's `isinstance`) takes as long as all the rest.
-        if BaseTunerLayer in type(module).__mro__:
+        if is_tuner_layer(module):
             items = [("base_layer", children.get("base_layer"))] if enter_tuner_layers else []
         elif not enter_tuner_layers and hasattr(type(module), "adapter_layer_names"):
             items = []
@@ -47,9 +51,10 @@ def walk(root: nn.Module, enter_tuner_layers: bool = True) -> Iterator[Visit]:
         prefix = visit.name + "." if visit.name else ""
         for child_name, child in reversed(items):
             if child is not None:
-                stack.append(Visit(prefix + child_name, child, module, child_name))
+                # Visit(...) of these, in half the time.
+                stack.append(tuple.__new__(Visit, (prefix + child_name, child, module, child_name)))
 
 
 def tuner_layers(root: nn.Module) -> list[BaseTunerLayer]:
     """Every tuner layer of the model, outer before inner."""
-    return [visit.module for visit in walk(root) if isinstance(visit.module, BaseTunerLayer)]
+    return [visit.module for visit in walk(root) if is_tuner_layer(visit.module)]

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from pylora.layers import BaseTunerLayer, tuner_layers, walk
+from pylora.layers import tuner_layers, walk
+from pylora.layers.walk import is_tuner_layer
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
 
 
@@ -83,4 +84,4 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def has_tuner_layers(model: nn.Module) -> bool:
     """Whether the model carries adapters already."""
-    return any(isinstance(visit.module, BaseTunerLayer) for visit in walk(model))
+    return any(is_tuner_layer(visit.module) for visit in walk(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +174,45 @@ def test_switching_freezes_what_was_made_trainable() -> None:
     model.delete_adapter("b")
     model.add_adapter("b", config())
     assert trained() == set()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_work_for_one_more_module(tmp_path: Path) -> None:
+    """How many functions are entered for each module that has an adapter; the walks over the model are in it."""
+
+    def measure(layers: int) -> dict[str, int]:
+        torch.manual_seed(0)
+        net, folder = llama(layers=layers), tmp_path / str(layers)
+        wrapping = calls(lambda: pylora.get_peft_model(net, config(target_modules="all-linear")))
+        model: Any = pylora.get_peft_model(llama(layers=layers), config(target_modules="all-linear"))
+        model.save_pretrained(folder)
+        return {
+            "wrap": wrapping,
+            "add": calls(lambda: model.add_adapter("added", config(target_modules="all-linear"))),
+            "load": calls(lambda: model.load_adapter(folder, "loaded")),
+            "switch": calls(lambda: model.set_adapter("loaded")),
+            "save": calls(lambda: model.save_pretrained(folder)),
+            "delete": calls(lambda: model.delete_adapter("added")),
+        }
+
+    measure(2)
+    few, many = measure(2), measure(6)
+    modules = 4 * 7
+    bounds = {"wrap": 360, "add": 270, "load": 560, "switch": 55, "save": 900, "delete": 50}
+    work = {key: (many[key] - few[key]) / modules for key in few}
+    assert {key: count for key, count in work.items() if count > bounds[key]} == {}, work
+
+
+def test_first_use_imports_no_other_library() -> None:
+    program = """
+import sys, torch
+before = set(sys.modules)
+import pylora
+model = pylora.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), pylora.LoraConfig(target_modules=["0"]))
+model(torch.ones(1, 4)).sum().backward()
+model.set_adapter("default")
+others = ("transformers", "huggingface_hub", "accelerate", "peft", "safetensors", "torch._dynamo", "torch._inductor")
+print(sorted(name for name in others if name in set(sys.modules) - before))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
