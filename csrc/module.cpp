@@ -11,7 +11,9 @@
 #include "cpu/isa.h"
 #include "dora/call.h"
 #include "dora/kept_norms.h"
+#include "lanczos/call.h"
 #include "lora/call.h"
+#include "select/call.h"
 
 namespace py = pybind11;
 
@@ -83,4 +85,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("__bool__", [](const dora::KeptNorms& kept) { return !kept.empty(); })
       .def(py::pickle([](const dora::KeptNorms&) { return py::tuple(); },
                       [](const py::tuple&) { return dora::KeptNorms(); }));
+  m.def("bidiagonalise_", &lanczos::call_bidiagonalise, arg("matrix"), arg("basis"), arg("left"), arg("diagonal"),
+        arg("above"), arg("locked"), arg("begin"), arg("end"), arg("seed"), no_gil);
+  m.def("ritz_residuals", &lanczos::call_ritz_residuals, arg("diagonal"), arg("above"), arg("rank"), no_gil);
+  m.def("keep_largest", &select::call_keep_largest, arg("x"), arg("count"), no_gil);
 }

@@ -12,6 +12,11 @@ from typing import Literal
 
 import torch
 
+from pylora.ops import keep_largest
+
+# Places that TIES votes on together.
+_VOTE_RUN = 1 << 16
+
 SignMethod = Literal["total", "frequency"]
 
 
@@ -21,32 +26,8 @@ def reshape_weight_task_tensors(task_tensors: torch.Tensor, weights: torch.Tenso
 
 
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Keep the int(density · size) numbers of the largest magnitude; of equal ones at the border the first."""
-    count = int(density * tensor.numel())
-    if count == 0:
-        return torch.zeros_like(tensor)
-    magnitudes = tensor.abs()
-    threshold = _largest(magnitudes, count)
-    kept = magnitudes > threshold
-    missing = count - int(kept.sum())
-    border = (magnitudes == threshold).reshape(-1).nonzero().squeeze(1)[:missing]
-    # reshape may copy, a flat view of a contiguous mask does not
-    kept = kept.contiguous()
-    kept.view(-1)[border] = True
-    return torch.where(kept, tensor, 0)
-
-
-def _largest(magnitudes: torch.Tensor, count: int) -> torch.Tensor:
-    """The number that exactly `count` are at least as large as (or more, where it repeats): selected, not sorted."""
-    flat = magnitudes.detach().reshape(-1)
-    place = flat.numel() - count
-    if flat.device.type != "cpu":
-        return torch.kthvalue(flat, place + 1).values
-    import numpy as np
-
-    # Widening is exact and keeps the order; numpy has no bf16.
-    wide = flat if flat.dtype == torch.float64 else flat.to(torch.float32)
-    return torch.tensor(np.partition(wide.numpy(), place)[place], dtype=magnitudes.dtype)
+    """Keep the int(density · size) numbers of the largest magnitude; of equal ones at the border those that topk has."""
+    return keep_largest(tensor, int(density * tensor.numel()))
 
 
 def random_pruning(tensor: torch.Tensor, density: float, rescale: bool) -> torch.Tensor:
@@ -159,5 +140,11 @@ def _weighted(task_tensors: list[torch.Tensor], weights: torch.Tensor) -> torch.
 
 def _elect(task_tensors: list[torch.Tensor], weights: torch.Tensor, method: SignMethod) -> torch.Tensor:
     stacked = torch.stack(task_tensors, dim=0)
-    mask = calculate_majority_sign_mask(stacked, method=method)
-    return disjoint_merge(stacked * reshape_weight_task_tensors(stacked, weights), mask)
+    out = torch.empty_like(stacked[0])
+    # In runs whose intermediate results stay in cache: each place is voted on for itself.
+    for begin in range(0, max(out.numel(), 1), _VOTE_RUN):
+        run = stacked.flatten(1)[:, begin : begin + _VOTE_RUN]
+        mask = calculate_majority_sign_mask(run, method=method)
+        merged = disjoint_merge(run * reshape_weight_task_tensors(run, weights), mask)
+        out.view(-1)[begin : begin + _VOTE_RUN] = merged
+    return out

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+
+from pylora.ops import bidiagonalise_, ritz_residuals
 
 # Below this size, or with a rank above this share of it, LAPACK's whole decomposition is as fast.
 _SMALLEST = 320
@@ -37,7 +40,7 @@ def top_singular_triplets(matrix: torch.Tensor, rank: int) -> SingularTriplets:
 
     For a small part of a large matrix: Golub-Kahan-Lanczos bidiagonalisation from a fixed start vector, with full
     reorthogonalisation of the right vectors (Simon and Zha, https://doi.org/10.1137/S1064827597327309), each step
-    reading the matrix twice. The residuals of the result are checked, and a deflated probe looks for a direction that a
+    reading the matrix once (`pylora.ops.bidiagonalise_`). The residuals of the result are checked, and a deflated probe looks for a direction that a
     multiple singular value may have hidden; where either fails, and for small matrices, the whole matrix is decomposed.
     No random number is taken from torch's global generator.
 
@@ -91,18 +94,19 @@ def _product(matrix: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
 
 def _iterate(matrix: torch.Tensor, rank: int) -> SingularTriplets | None:
     """The triplets by iteration, or None where it does not find them."""
-    generator = torch.Generator().manual_seed(0)
-    lanczos = _Bidiagonalisation(matrix, generator, steps=min(matrix.shape[1], 16 * rank + 40))
+    if matrix.device.type == "cpu" and matrix.stride(1) != 1:
+        matrix = matrix.contiguous()
+    lanczos = _Bidiagonalisation(matrix, seed=0, steps=min(matrix.shape[1], 16 * rank + 40))
     check_at = 2 * rank + 16
     while not lanczos.converged(rank):
         if not lanczos.extend(check_at):
             return None
         check_at = int(check_at * 1.15)
     found = _rayleigh_ritz(matrix, lanczos.right_vectors(rank))
-    residual = (matrix.t() @ found.u - found.vh.t() * found.s).norm(dim=0).max()
+    residual = (found.u.t() @ matrix - found.vh * found.s[:, None]).norm(dim=1).max()
     if not residual <= _ACCEPTED * found.s[0]:
         return None
-    probe = _Bidiagonalisation(matrix, generator, steps=_PROBE_STEPS, locked=found.vh)
+    probe = _Bidiagonalisation(matrix, seed=1, steps=_PROBE_STEPS, locked=found.vh)
     probe.extend(_PROBE_STEPS)
     known = max(_PROBE_MARGIN * float(found.s[-1]), _ACCEPTED * float(found.s[0]))
     return found if probe.largest() <= known else None
@@ -110,7 +114,7 @@ def _iterate(matrix: torch.Tensor, rank: int) -> SingularTriplets | None:
 
 def _rayleigh_ritz(matrix: torch.Tensor, right: torch.Tensor) -> SingularTriplets:
     """The best triplets within the space that the orthonormal rows of `right` span."""
-    q, core = torch.linalg.qr(matrix @ right.t())
+    q, core = torch.linalg.qr(_product(matrix, right.t()))
     u, s, vh = torch.linalg.svd(core)
     return SingularTriplets(q @ u, s, vh @ right)
 
@@ -119,90 +123,51 @@ class _Bidiagonalisation:
     """W·V = U·B with an upper bidiagonal B, built column by column; V is kept orthonormal, U is not kept.
 
     Args:
-        matrix: W.
-        generator: Of the start vector, on the CPU.
+        matrix: W, on the CPU with neighbouring columns side by side in memory.
+        seed: Of the start vector.
         steps: The largest number of columns.
         locked: Orthonormal rows that V stays orthogonal to.
     """
 
-    def __init__(
-        self, matrix: torch.Tensor, generator: torch.Generator, steps: int, locked: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, matrix: torch.Tensor, seed: int, steps: int, locked: torch.Tensor | None = None) -> None:
         self._matrix = matrix
-        self._transposed = matrix.t()
-        self._generator = generator
+        self._seed = seed
         self._locked = 0 if locked is None else locked.shape[0]
         self._basis = matrix.new_empty(self._locked + steps + 1, matrix.shape[1])
         if locked is not None:
             self._basis[: self._locked] = locked
-        self._diagonal: list[float] = []
-        self._above: list[float] = []
-        self._left: torch.Tensor | None = None
-        self._restart(self._locked)
+        self._left = matrix.new_zeros(matrix.shape[0])
+        self._diagonal = torch.zeros(steps, dtype=torch.float64, device="cpu")
+        self._above = torch.zeros(steps, dtype=torch.float64, device="cpu")
+        self._steps = 0
 
     def extend(self, steps: int) -> bool:
         """Go on until B has `steps` columns; False when there is no room for more, or a value is not finite."""
-        room = self._basis.shape[0] - self._locked - 1
-        if len(self._diagonal) == room:
+        room = self._diagonal.shape[0]
+        if self._steps == room:
             return False
-        while len(self._diagonal) < min(steps, room):
-            self._step()
-            if not self._above[-1] < float("inf"):
-                return False
-        return True
-
-    def _step(self) -> None:
-        row = self._locked + len(self._diagonal)
-        left = torch.mv(self._matrix, self._basis[row])
-        if self._left is not None:
-            left.add_(self._left, alpha=-self._above[-1])
-        alpha = float(left.norm())
-        left = left / alpha if alpha > 0 else left
-        right = self._orthogonalise(torch.mv(self._transposed, left), row + 1)
-        beta = float(right.norm())
-        largest = max([alpha, *self._diagonal])
-        self._left = left
-        self._diagonal.append(alpha)
-        if beta <= torch.finfo(right.dtype).eps * largest:
-            beta = 0.0
-            self._restart(row + 1)
-        else:
-            torch.div(right, beta, out=self._basis[row + 1])
-        self._above.append(beta)
-
-    def _orthogonalise(self, vector: torch.Tensor, rows: int) -> torch.Tensor:
-        used = self._basis[:rows]
-        for _ in range(2):
-            vector = torch.addmv(vector, used.t(), torch.mv(used, vector), alpha=-1)
-        return vector
-
-    def _restart(self, row: int) -> None:
-        """A random direction for `row`: the first one, or the next when V spans an invariant space."""
-        start = torch.randn(self._basis.shape[1], generator=self._generator, dtype=torch.float64, device="cpu")
-        vector = self._orthogonalise(start.to(self._basis), row)
-        torch.div(vector, vector.norm().clamp_min(torch.finfo(vector.dtype).tiny), out=self._basis[row])
-
-    def _core(self) -> torch.Tensor:
-        """B in f64 on the CPU."""
-        diagonal = torch.tensor(self._diagonal, dtype=torch.float64, device="cpu")
-        above = torch.tensor(self._above[:-1], dtype=torch.float64, device="cpu")
-        return torch.diag(diagonal) + torch.diag(above, 1)
+        end = min(steps, room)
+        state = (self._basis, self._left, self._diagonal, self._above)
+        bidiagonalise_(self._matrix, *state, self._locked, self._steps, end, self._seed)
+        self._steps = end
+        return math.isfinite(float(self._above[end - 1]))
 
     def converged(self, rank: int) -> bool:
         """Whether the residuals of the first `rank` triplets of B, seen as triplets of W, are small enough."""
-        if len(self._diagonal) < rank:
+        if self._steps < rank:
             return False
-        core = self._core()
-        squares, left = torch.linalg.eigh(core @ core.t())
-        residual = float(left[-1, -rank:].abs().max()) * self._above[-1]
-        return residual <= _TOLERANCE * float(squares[-1].clamp_min(0).sqrt())
+        values, residuals = ritz_residuals(self._diagonal[: self._steps], self._above[: self._steps], rank)
+        return float(residuals.max()) <= _TOLERANCE * float(values[0])
 
     def largest(self) -> float:
-        """The largest singular value of B."""
-        return float(torch.linalg.svdvals(self._core())[0]) if self._diagonal else 0.0
+        """The largest singular value of B; NaN where it is not finite."""
+        values, _ = ritz_residuals(self._diagonal[: self._steps], self._above[: self._steps], min(self._steps, 1))
+        return float(values.sum())
 
     def right_vectors(self, rank: int) -> torch.Tensor:
         """The first right singular vectors of W that B knows of, [rank, columns]."""
-        _, _, vh = torch.linalg.svd(self._core())
-        used = self._basis[self._locked : self._locked + len(self._diagonal)]
-        return vh[:rank].to(used) @ used
+        core = torch.diag(self._diagonal[: self._steps]) + torch.diag(self._above[: self._steps - 1], 1)
+        # The vectors of BᵀB: what squaring loses of small values is below what f32 and _TOLERANCE leave.
+        _, vectors = torch.linalg.eigh(core.t() @ core)
+        chosen = vectors[:, -rank:].flip(1).t()
+        return chosen.to(self._basis) @ self._basis[self._locked : self._locked + self._steps]

@@ -1,16 +1,21 @@
 """The ops: public functions over the native kernels, one file an op, each with its definition in `reference/`."""
 
 from pylora.ops.dora import KeptNorms, dora_linear, dora_linear_norms, dora_row_norms, dora_row_squares
+from pylora.ops.lanczos import bidiagonalise_, ritz_residuals
 from pylora.ops.lora import draw_rng, lora_add, lora_dropout, lora_linear
+from pylora.ops.select import keep_largest
 
 __all__ = [
     "KeptNorms",
+    "bidiagonalise_",
     "dora_linear",
     "dora_linear_norms",
     "dora_row_norms",
     "dora_row_squares",
     "draw_rng",
+    "keep_largest",
     "lora_add",
     "lora_dropout",
     "lora_linear",
+    "ritz_residuals",
 ]
