@@ -26,7 +26,7 @@ def reshape_weight_task_tensors(task_tensors: torch.Tensor, weights: torch.Tenso
 
 
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Keep the int(density · size) numbers of the largest magnitude; of equal ones at the border those that topk has."""
+    """Keep the int(density · size) numbers of the largest magnitude; of equal ones those that topk keeps."""
     return keep_largest(tensor, int(density * tensor.numel()))
 
 

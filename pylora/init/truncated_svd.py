@@ -40,9 +40,9 @@ def top_singular_triplets(matrix: torch.Tensor, rank: int) -> SingularTriplets:
 
     For a small part of a large matrix: Golub-Kahan-Lanczos bidiagonalisation from a fixed start vector, with full
     reorthogonalisation of the right vectors (Simon and Zha, https://doi.org/10.1137/S1064827597327309), each step
-    reading the matrix once (`pylora.ops.bidiagonalise_`). The residuals of the result are checked, and a deflated probe looks for a direction that a
-    multiple singular value may have hidden; where either fails, and for small matrices, the whole matrix is decomposed.
-    No random number is taken from torch's global generator.
+    reading the matrix once (`pylora.ops.bidiagonalise_`). The residuals of the result are checked, and a deflated probe
+    looks for a direction that a multiple singular value may have hidden; where either fails, and for small
+    matrices, the whole matrix is decomposed. No random number is taken from torch's global generator.
 
     Args:
         matrix: [rows, columns], float32 or float64.

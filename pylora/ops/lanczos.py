@@ -29,8 +29,8 @@ def bidiagonalise_(
 
     Args:
         matrix: W, [rows, columns], float32 or float64, column stride 1.
-        basis: [more than locked + end, columns], W's dtype, contiguous; rows 0 to `locked` are orthonormal vectors that V
-            is kept orthogonal to, row locked + j becomes v_j. Written.
+        basis: [more than locked + end, columns], W's dtype, contiguous; rows 0 to `locked` are orthonormal vectors that
+            V is kept orthogonal to, row locked + j becomes v_j. Written.
         left: [rows], W's dtype: the last left vector, to be kept between calls. Written.
         diagonal: [at least end], float64: B[j, j]. Written.
         above: [at least end], float64: B[j, j + 1], 0 where V started anew. Written.

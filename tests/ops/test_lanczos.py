@@ -1,5 +1,6 @@
 """bidiagonalise_ and ritz_residuals, held against their definitions in f64."""
 
+import itertools
 import math
 
 import pytest
@@ -38,7 +39,7 @@ class Run:
         return (self.matrix, *state, self.locked, begin, end, self.seed)
 
     def extend(self, *bounds):
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in itertools.pairwise(bounds):
             bidiagonalise_(*self.args(begin, end))
         return self
 
