@@ -1,6 +1,6 @@
 """What a dense layer's forward needs for the op, found by one walk over its modules and kept until one of them changes.
 
-The walk costs 7 us, a twelfth of a decode step's product at width 1024; a look that it would find the same takes 0.9 us.
+The walk costs 7 us, a twelfth of a decode step's product at width 1024; checking that it would find the same takes 0.9.
 Only modules are kept. Tensors, scaling and dropout are read at every call (2 us), since `.to()`, `load_state_dict`, an
 optimizer or FSDP may exchange or rewrite them at any time.
 """
