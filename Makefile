@@ -80,8 +80,8 @@ format: $(VENV)/.installed  ## Rewrite Python and C++ sources in the project's f
 demo: $(VENV)/.built  ## Fine-tune SmolLM2-135M on real text, save, reload, merge and compare: ten minutes on two cores.
 	$(BIN)/python examples/demo/run.py $(DEMO)
 
-bench: $(VENV)/.built  ## Time pylora beside PEFT and beside the bare layer on this machine.
-	@for case in benchmarks/*/bench_*.py; do echo "$$case"; $(BIN)/python $$case $(BENCH) || exit 1; done
+bench: $(VENV)/.built  ## Time pylora beside PEFT and the bare layer; BENCH="lora --plot plots", see `pylora bench --help`.
+	$(BIN)/pylora bench $(BENCH)
 
 # Apart from the installed build, which it leaves alone.
 cuda: $(VENV)/.installed  ## Compile and link the CUDA kernels with the torch that is there (a CPU one will do; needs nvcc).

@@ -29,6 +29,7 @@ import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 VERSION: str = runpy.run_path(str(ROOT / "pylora" / "_version.py"))["__version__"]
@@ -250,6 +251,19 @@ class FreshBuild(build):
         super().run()
 
 
+class PackagedBenchmarks(build_py):
+    """build_py: puts the cases of `benchmarks/` into a wheel as `pylora/bench/cases`, for `pylora bench`."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for case in ROOT.glob("benchmarks/*/bench_*.py"):
+            target = Path(self.build_lib) / "pylora" / "bench" / "cases" / case.parent.name / case.name
+            self.mkpath(str(target.parent))
+            self.copy_file(str(case), str(target))
+
+
 def extension() -> Extension:
     """`pylora._C`, or a bare stand-in where torch is missing: enough for an sdist, and build_ext then says why."""
     patterns = ("csrc/*/op.cpp", "csrc/binding/*.cpp")
@@ -267,4 +281,6 @@ def extension() -> Extension:
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build": FreshBuild, "build_ext": BuildNative})
+setup(
+    ext_modules=[extension()], cmdclass={"build": FreshBuild, "build_ext": BuildNative, "build_py": PackagedBenchmarks}
+)

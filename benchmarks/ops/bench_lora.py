@@ -1,125 +1,135 @@
-"""The op lora beside the bare linear layer and beside PEFT's layer, forward and training.
+"""The op lora beside torch's bare linear layer and beside PEFT's layer: forward, and forward with backward."""
 
-python benchmarks/ops/bench_lora.py [--threads 1] [--repeat 9] [--record]
-"""
+from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import harness
-
+from pylora.bench import Point, Sweep, Work, benchmark, inference, libraries
 from pylora.ops import lora_linear
+from pylora.ops.cost import Cost
+from pylora.ops.cost import lora as cost_model
 from pylora.ops.reference import lora as reference
 from pylora.testing.factories import LoraInputs, lora_inputs
 from pylora.testing.tolerances import assert_near
 
-RANK = 16
+ROWS = (1, 2, 7, 33, 64, 128, 200, 512)
+RANKS = (1, 8, 16, 24, 64, 256)
+WIDTHS = (896, 1024, 1536, 2048, 4864)
+BF16_1024: Point = {"dtype": "bfloat16", "width": 1024}
+TRAIN: Point = {"direction": "train"}
+
+TABLE: list[Point] = [
+    {"rows": 1, "width": 1024},
+    {"rows": 128},
+    {"rows": 512},
+    {"rows": 1, "dtype": "bfloat16"},
+    {"rows": 64} | BF16_1024,
+    {"rows": 64, "dtype": "float16", "width": 1024},
+    {"rows": 512} | TRAIN,
+    {"rows": 512, "dropout": 0.1} | TRAIN,
+    {"rows": 32} | TRAIN | BF16_1024,
+    {"rows": 64, "rank": 24, "width": 896, "out": 4864},
+]
+# torch's 16-bit products take seconds at large shapes on CPUs without such instructions: their sweeps are smaller.
+SWEEPS = [
+    Sweep("rows", ROWS),
+    Sweep("rows", ROWS, BF16_1024),
+    Sweep("rows", ROWS, BF16_1024 | {"dtype": "float16"}),
+    Sweep("rows", ROWS, TRAIN),
+    Sweep("rows", ROWS, TRAIN | {"dropout": 0.1}),
+    Sweep("rows", ROWS[:5], TRAIN | BF16_1024),
+    Sweep("rank", RANKS, {"rows": 1, "width": 1024}),
+    Sweep("rank", RANKS),
+    Sweep("rank", RANKS, {"rows": 64} | BF16_1024),
+    Sweep("rank", RANKS, {"rows": 200} | TRAIN),
+    Sweep("width", WIDTHS, {"rows": 1}),
+    Sweep("width", WIDTHS, {"rows": 33}),
+    Sweep("width", WIDTHS, {"rows": 1, "dtype": "bfloat16"}),
+]
 
 
-def peft_layer(inputs: LoraInputs, dropout_p: float) -> nn.Module | None:
-    """PEFT's layer around the same tensors, or None without peft."""
-    try:
-        from peft.tuners.lora import LoraConfig, LoraModel
-    except ImportError:
-        return None
-    base = nn.Linear(inputs.weight.shape[1], inputs.weight.shape[0], bias=False, dtype=inputs.weight.dtype)
-    base.weight = nn.Parameter(inputs.weight.detach(), requires_grad=False)
-    config = LoraConfig(r=RANK, lora_alpha=RANK * inputs.scaling, lora_dropout=dropout_p, target_modules=["0"])
-    model = LoraModel(nn.Sequential(base), config, "default")
-    model._cast_adapter_dtype(adapter_name="default")  # as get_peft_model does: f32 factors
-    layer = model.model[0]
-    with torch.no_grad():
-        layer.lora_A["default"].weight.copy_(inputs.a)
-        layer.lora_B["default"].weight.copy_(inputs.b)
-    return layer.train(dropout_p > 0)
+def cost(direction: str, rows: int, width: int, out: int, rank: int, dtype: str, dropout: float) -> dict[str, Cost]:
+    model = cost_model.train if direction == "train" else cost_model.forward
+    return {name: model(rows, width, out or width, r, dtype) for name, r in (("base", 0), ("pylora", rank))}
 
 
-def forward_case(rows: int, width: int, dtype: torch.dtype, inner: int = 1) -> harness.Case:
-    inputs = lora_inputs(rows, width, width, RANK, dtype, torch.float32, bias=False)
-    x, weight, a, b = inputs.x, inputs.weight, inputs.a, inputs.b
+@benchmark(base="torch's functional.linear on the frozen weight", table=TABLE, sweeps=SWEEPS, cost=cost)
+def lora(
+    direction: str = "forward",
+    rows: int = 128,
+    width: int = 2048,
+    out: int = 0,
+    rank: int = 16,
+    dtype: str = "float32",
+    dropout: float = 0.0,
+) -> Work:
+    """lora_linear, one adapter of f32 factors (PEFT's default) fused with the base product."""
+    inputs = lora_inputs(rows, width, out or width, rank, getattr(torch, dtype), torch.float32, bias=False)
+    return (train if direction == "train" else forward)(inputs, dropout)
 
-    def inference(call):
-        def run() -> Tensor:
-            with torch.inference_mode():
-                return call()
 
-        return run
-
-    providers = {
+def forward(inputs: LoraInputs, dropout: float) -> Work:
+    x, weight, a, b, scaling = inputs.x, inputs.weight, inputs.a, inputs.b, inputs.scaling
+    providers: dict[str, Callable[[], Any]] = {
         "base": inference(lambda: functional.linear(x, weight)),
-        "pylora": inference(lambda: lora_linear(x, weight, None, a, b, inputs.scaling)),
+        "pylora": inference(lambda: lora_linear(x, weight, None, a, b, scaling, dropout)),
     }
-    if (layer := peft_layer(inputs, 0.0)) is not None:
+    if (layer := peft_layer(inputs, dropout)) is not None:
         providers["peft"] = inference(lambda: layer(x))
 
     def check() -> None:
-        expected = reference.lora_linear(x, weight, None, a, b, inputs.scaling)
-        assert_near(providers["pylora"](), expected, width)
+        rng = torch.tensor([1, 2])
+        expected = reference.lora_linear(x, weight, None, a, b, scaling, dropout, rng)
+        assert_near(lora_linear(x, weight, None, a, b, scaling, dropout, rng), expected, x.shape[1], "y")
+        if "peft" in providers and not dropout:  # the same work, or the comparison would mean nothing
+            assert_near(providers["peft"](), expected, x.shape[1], "PEFT's y", roundings=8)
 
-    return harness.Case(f"forward {name(dtype)} {rows} x {width}", providers, check, inner)
+    return Work(providers, check)
 
 
-def train_case(rows: int, width: int, dtype: torch.dtype, dropout_p: float) -> harness.Case:
-    inputs = lora_inputs(rows, width, width, RANK, dtype, torch.float32, bias=False)
+def train(inputs: LoraInputs, dropout: float) -> Work:
     x, a, b = (t.requires_grad_() for t in (inputs.x, inputs.a, inputs.b))
-    weight, dy = inputs.weight, inputs.dy
+    weight, dy, scaling = inputs.weight, inputs.dy, inputs.scaling
 
-    def step(call):
+    def step(call: Callable[[], Tensor]) -> Callable[[], None]:
         return lambda: torch.autograd.backward(call(), dy)
 
     providers = {
         "base": step(lambda: functional.linear(x, weight)),
-        "pylora": step(lambda: lora_linear(x, weight, None, a, b, inputs.scaling, dropout_p)),
+        "pylora": step(lambda: lora_linear(x, weight, None, a, b, scaling, dropout)),
     }
-    if (layer := peft_layer(inputs, dropout_p)) is not None:
+    if (layer := peft_layer(inputs, dropout)) is not None:
         providers["peft"] = step(lambda: layer(x))
 
     def check() -> None:
         rng = torch.tensor([1, 2])
-        y = lora_linear(x, weight, None, a, b, inputs.scaling, dropout_p, rng)
+        y = lora_linear(x, weight, None, a, b, scaling, dropout, rng)
         wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
-        expected = reference.lora_linear(wide[0], weight, None, wide[1], wide[2], inputs.scaling, dropout_p, rng)
+        expected = reference.lora_linear(wide[0], weight, None, wide[1], wide[2], scaling, dropout, rng)
         grads = torch.autograd.grad(y, [x, a, b], dy)
-        for grad, grad_ref in zip(grads, torch.autograd.grad(expected, wide, dy.double()), strict=True):
-            assert_near(grad, grad_ref, max(rows, width))
+        expected_grads = torch.autograd.grad(expected, wide, dy.double())
+        for name, grad, expected_grad in zip(("dx", "da", "db"), grads, expected_grads, strict=True):
+            assert_near(grad, expected_grad, max(*x.shape, dy.shape[1]), name)
 
-    return harness.Case(
-        f"train {name(dtype)} {rows} x {width}" + (f" dropout {dropout_p}" if dropout_p else ""), providers, check
-    )
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return Work(providers, check)
 
 
-def main(
-    threads: Annotated[int, typer.Option(help="torch threads; one is the steadier figure on a shared machine")] = 1,
-    repeat: Annotated[int, typer.Option(help="turns of each provider; the minimum counts")] = 9,
-    record: Annotated[bool, typer.Option(help="append the figures to benchmarks/results/lora.jsonl")] = False,
-) -> None:
-    """Time lora_linear: PEFT's defaults, so adapters are float32 whatever the base's dtype."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    f32, bf16 = torch.float32, torch.bfloat16
-    cases = [
-        forward_case(1, 1024, f32, inner=20),
-        forward_case(128, 2048, f32),
-        forward_case(512, 2048, f32),
-        forward_case(1, 2048, bf16, inner=5),
-        forward_case(64, 1024, bf16),
-        train_case(512, 2048, f32, 0.0),
-        train_case(512, 2048, f32, 0.1),
-        train_case(32, 1024, bf16, 0.0),
-    ]
-    harness.run("lora", cases, repeat, record)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def peft_layer(inputs: LoraInputs, dropout: float) -> nn.Module | None:
+    """PEFT's layer around the same tensors, or None without peft."""
+    peft = libraries().get("peft")
+    if peft is None:
+        return None
+    rank, (out_features, in_features) = inputs.a.shape[0], inputs.weight.shape
+    base = nn.Linear(in_features, out_features, bias=False, dtype=inputs.weight.dtype)
+    base.weight = nn.Parameter(inputs.weight.detach(), requires_grad=False)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank * inputs.scaling, lora_dropout=dropout, target_modules=["0"])
+    layer = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(inputs.a)
+        layer.lora_B["default"].weight.copy_(inputs.b)
+    return layer.train(dropout > 0)

@@ -13,6 +13,7 @@ package = Path(pylora.__file__).parent
 assert "site-packages" in package.parts, package
 assert (package / "py.typed").is_file()
 assert (package / "_C.pyi").is_file()
+assert (package / "bench" / "cases" / "ops" / "bench_lora.py").is_file()
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))

@@ -1,0 +1,85 @@
+"""The printed table: minima, ratios to the base, and how far the samples lay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pylora.bench.records import Record, ratio
+from pylora.bench.runner import Outcome
+
+NOISY = 1.25  # median over minimum: above this the machine did something else as well
+
+
+def provider_names(records: Sequence[Record]) -> list[str]:
+    """The providers of the records, "base" first and "peft" last."""
+    names = {name for record in records for name in record["figures"]}
+    return sorted(names, key=lambda name: ({"base": 0, "peft": 2}.get(name, 1), name))
+
+
+def print_outcome(outcome: Outcome, console: Console) -> None:
+    """A benchmark's table, or why it has none."""
+    item = outcome.benchmark
+    if outcome.failure:
+        console.print(f"[red]{item.name}: no figures.[/red] {escape(outcome.failure)}")
+        return
+    console.print(_table(outcome))
+    if noisy := [record["case"] for record in outcome.records if _spread(record) > NOISY]:
+        console.print(
+            f"[yellow]The samples of {len(noisy)} of {len(outcome.records)} cases lie far apart "
+            f"(median / min above {NOISY}): trust them less.[/yellow]"
+        )
+    console.print()
+
+
+def _table(outcome: Outcome) -> Table:
+    item, records = outcome.benchmark, outcome.records
+    names = provider_names(records)
+    divisor = "base" if "base" in names else "peft"
+    divided = [name for name in names if name != divisor and divisor in names]
+    base = f"; base: {item.base}" if item.base else ""
+    table = Table(title=escape(f"{item.name}: {item.summary} ({item.unit}{base})"), title_justify="left")
+    table.add_column("case", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    for name in divided:
+        table.add_column(f"{name} / {divisor}", justify="right", style="bold" if name == "pylora" else None)
+    floor = any("floor" in record for record in records)
+    if floor:
+        table.add_column("floor / base", justify="right")
+    table.add_column("median / min", justify="right")
+    for record in records:
+        row = [record["case"]]
+        row += [_number(record["figures"].get(name, {}).get("min")) for name in names]
+        row += [_ratio(ratio(record, name, divisor)) for name in divided]
+        if floor:
+            row.append(_ratio(floor_ratio(record)))
+        table.add_row(*map(escape, row), _ratio(_spread(record) or None))
+    return table
+
+
+def floor_ratio(record: Record) -> float | None:
+    """The least time that the machine's measured limits allow pylora's work, as a share of the base's time."""
+    if "floor" not in record or "base" not in record["figures"]:
+        return None
+    return float(record["floor"]["pylora"] / record["figures"]["base"]["min"])
+
+
+def _spread(record: Record) -> float:
+    """Median over minimum, the largest of the providers; 0 where a figure is 0."""
+    return max(
+        (figure["median"] / figure["min"] for figure in record["figures"].values() if figure["min"]), default=0.0
+    )
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}" if value >= 1 else f"{value:.3f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
