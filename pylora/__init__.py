@@ -95,8 +95,8 @@ _EXPORTS = {
     ),
     "pylora.targeting.kappa": ("find_kappa_target_modules",),
 }
-# Real modules that PEFT has too, reached as attributes without an import of their own.
-_SUBMODULES = ("config", "optimizers")
+# Real modules, the first two PEFT's too, reached as attributes without an import of their own.
+_SUBMODULES = ("config", "optimizers", "serving")
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]

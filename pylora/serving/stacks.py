@@ -1,0 +1,76 @@
+"""The tensors of a pool: for each layer the factors of all slots, stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pylora.serving.adapter_file import LayerFactors
+from pylora.serving.spec import LayerShape
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The adapters of one layer, by slot, as `pylora.ops.bgmv_` and `sgmv_` take them.
+
+    Attributes:
+        a_pool: `[num_slots, max_rank, in_features]`.
+        b_pool: `[num_slots, max_rank, out_features]`.
+        ranks: int32 `[num_slots]`; 0 where the slot's adapter leaves the layer alone.
+        scalings: float32 `[num_slots]`.
+    """
+
+    a_pool: Tensor
+    b_pool: Tensor
+    ranks: Tensor
+    scalings: Tensor
+
+
+def slot_bytes(layers: Mapping[str, LayerShape], max_rank: int, dtype: torch.dtype) -> int:
+    """Bytes that one slot takes in all stacks."""
+    return sum(shape.in_features + shape.out_features for shape in layers.values()) * max_rank * dtype.itemsize
+
+
+class Stacks:
+    """The stacks of all layers.
+
+    The memory is reserved and not touched: the system backs a slot's pages when they are first written.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerShape], num_slots: int, max_rank: int, dtype: torch.dtype) -> None:
+        self._ranks = torch.zeros(len(layers), num_slots, dtype=torch.int32)
+        self._scalings = torch.zeros(len(layers), num_slots)
+        self.layers = {
+            name: LayerStack(
+                torch.empty(num_slots, max_rank, shape.in_features, dtype=dtype),
+                torch.empty(num_slots, max_rank, shape.out_features, dtype=dtype),
+                self._ranks[row],
+                self._scalings[row],
+            )
+            for row, (name, shape) in enumerate(layers.items())
+        }
+
+    def write(self, slot: int, adapter: Mapping[str, LayerFactors]) -> int:
+        """Copy an adapter into a slot that nobody reads, B transposed and both converted to the stacks' dtype.
+
+        Returns:
+            bytes of its factors in the stacks.
+        """
+        ranks, scalings = [0] * len(self.layers), [0.0] * len(self.layers)
+        written = 0
+        for row, (name, stack) in enumerate(self.layers.items()):
+            factors = adapter.get(name)
+            if factors is None:
+                continue
+            rank = factors.a.shape[0]
+            a, b = stack.a_pool[slot, :rank], stack.b_pool[slot, :rank]
+            a.copy_(factors.a)
+            b.copy_(factors.b.t())
+            ranks[row], scalings[row] = rank, factors.scaling
+            written += (a.numel() + b.numel()) * a.element_size()
+        self._ranks[:, slot] = torch.tensor(ranks, dtype=torch.int32)
+        self._scalings[:, slot] = torch.tensor(scalings)
+        return written
