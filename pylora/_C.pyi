@@ -64,8 +64,24 @@ class KeptNorms:
     def keep(
         self, weight: Tensor, a: Tensor, b: Tensor, scaling: float, writes: int, trust: int, norms: Tensor
     ) -> None: ...
-    def find_squares(self, weight: Tensor, writes: int) -> Tensor | None: ...
-    def keep_squares(self, weight: Tensor, writes: int, squares: Tensor) -> None: ...
+    def find_squares(self, weight: Tensor, writes: int, trust: int) -> Tensor | None: ...
+    def keep_squares(self, weight: Tensor, writes: int, trust: int, squares: Tensor) -> None: ...
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor,
+        scaling: float,
+        dropout_p: float,
+        rng: Tensor | None,
+        writes: int,
+        trust: int,
+    ) -> Tensor | None:
+        """`dora_linear` with the kept norms; None where there are none."""
+
     def clear(self) -> None: ...
     def __bool__(self) -> bool: ...
 

@@ -17,6 +17,7 @@ struct NoAutocast {
 
 /// Leading dimensions flattened; counted, since -1 is ambiguous for a width of 0.
 inline at::Tensor flat_rows(const at::Tensor& t) {
+  if (t.dim() == 2) return t;
   int64_t count = 1;
   for (int64_t i = 0; i + 1 < t.dim(); ++i)
     count *= t.size(i);
@@ -28,6 +29,11 @@ inline std::vector<int64_t> shape_with_width(const at::Tensor& t, int64_t width)
   std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
   shape.back() = width;
   return shape;
+}
+
+/// Rows as a result of t's leading dimensions.
+inline at::Tensor unflattened(const at::Tensor& rows, const at::Tensor& t) {
+  return t.dim() == 2 ? rows : rows.view(shape_with_width(t, rows.size(1)));
 }
 
 inline at::Tensor as_accumulators(const at::Tensor& t) { return t.to(accumulator_type(t.scalar_type())); }

@@ -2,9 +2,10 @@
 //
 // A tensor is known unchanged while it has the storage, address, dtype, sizes and strides that it had, and torch has
 // counted no write to it. Tensors made in inference mode have no count: they are taken as unchanged within one
-// `trust`, a number that the caller changes when trust ends. `writes` is the caller's count of writes that torch does
-// not count; norms of tensors that require a gradient do not outlive a change of it. A storage is held weakly: its memory can
-// go, and its identity cannot be given to another.
+// `trust`, a number above 0 that the caller changes when trust ends. With 0 there is no such trust, and below 0 torch's
+// count is not trusted either: nothing is found or kept. `writes` is the caller's count of writes that torch does not
+// count; norms of tensors that require a gradient do not outlive a change of it. A storage is held weakly: its memory
+// can go, and its identity cannot be given to another.
 //
 // Not safe by itself against several threads: the Python binding calls it with the GIL held.
 #pragma once
@@ -52,11 +53,11 @@ class Seen {
 
 class KeptNorms {
  public:
-  /// The kept norms of W + scaling * B A, if these are what they were. trust 0: no trust.
+  /// The kept norms of W + scaling * B A, if these are what they were.
   std::optional<Tensor> find(const Tensor& weight, const Tensor& a, const Tensor& b, double scaling, int64_t writes,
                              int64_t trust) const {
-    if (!norms_ || norms_->scaling != scaling || !norms_->sources[0].is_now(weight) || !norms_->sources[1].is_now(a) ||
-        !norms_->sources[2].is_now(b)) {
+    if (trust < 0 || !norms_ || norms_->scaling != scaling || !norms_->sources[0].is_now(weight) ||
+        !norms_->sources[1].is_now(a) || !norms_->sources[2].is_now(b)) {
       return std::nullopt;
     }
     const bool trains = weight.requires_grad() || a.requires_grad() || b.requires_grad();
@@ -69,20 +70,21 @@ class KeptNorms {
   void keep(const Tensor& weight, const Tensor& a, const Tensor& b, double scaling, int64_t writes, int64_t trust,
             const Tensor& norms) {
     norms_.reset();
-    if (Seen::can_see(weight) && Seen::can_see(a) && Seen::can_see(b))
+    if (trust >= 0 && Seen::can_see(weight) && Seen::can_see(a) && Seen::can_see(b))
       norms_ = Norms{{Seen(weight), Seen(a), Seen(b)}, scaling, writes, trust, usable_anywhere(norms)};
   }
 
-  std::optional<Tensor> find_squares(const Tensor& weight, int64_t writes) const {
-    if (!squares_ || !squares_->source.is_now(weight) || (weight.requires_grad() && squares_->writes != writes))
+  std::optional<Tensor> find_squares(const Tensor& weight, int64_t writes, int64_t trust) const {
+    if (trust < 0 || !squares_ || !squares_->source.is_now(weight) ||
+        (weight.requires_grad() && squares_->writes != writes))
       return std::nullopt;
     return squares_->values;
   }
 
   /// Those of a weight without a count are not kept.
-  void keep_squares(const Tensor& weight, int64_t writes, const Tensor& squares) {
+  void keep_squares(const Tensor& weight, int64_t writes, int64_t trust, const Tensor& squares) {
     squares_.reset();
-    if (Seen::can_see(weight) && !weight.is_inference())
+    if (trust >= 0 && Seen::can_see(weight) && !weight.is_inference())
       squares_ = Squares{Seen(weight), writes, usable_anywhere(squares)};
   }
 

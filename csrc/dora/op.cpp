@@ -79,7 +79,7 @@ ForwardResults linear_forward(const Tensor& x, const Tensor& weight, const Optio
   const Tensor used = norms ? *norms : products.norms;
   const Tensor y = Backend::scale(products.z, products.rest, magnitude, used, bias, false);
   const Tensor new_norms = norms ? at::empty({0}, norms->options()) : products.norms;
-  return {y.view(binding::shape_with_width(x, weight.size(0))), products.z, products.v, new_norms};
+  return {binding::unflattened(y, x), products.z, products.v, new_norms};
 }
 
 /// Without a backward z need not stay: the factor goes onto it where it lies.
@@ -92,7 +92,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   const Tensor rows = binding::flat_rows(x), dropped = lora::dropout(rows, dropout_p, rng);
   const Tensor z = lora::linear(dropped, weight, a, b, scaling);
   const OptionalTensor rest = dropout_p > 0 ? OptionalTensor(Backend::dense(rows.sub(dropped), weight)) : std::nullopt;
-  return Backend::scale(z, rest, magnitude, norms, bias, true).view(binding::shape_with_width(x, weight.size(0)));
+  return binding::unflattened(Backend::scale(z, rest, magnitude, norms, bias, true), x);
 }
 
 template <class Backend>
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> linear_norms(const Tensor& x, const Tensor& weight, c
   const Products products =
       products_of<Backend>(binding::flat_rows(x), weight, a, b, false, squares, scaling, dropout_p, rng);
   const Tensor y = Backend::scale(products.z, products.rest, magnitude, products.norms, bias, true);
-  return {y.view(binding::shape_with_width(x, weight.size(0))), products.norms};
+  return {binding::unflattened(y, x), products.norms};
 }
 
 Tensor or_empty(const Tensor& grad, const Tensor& like) {
@@ -137,7 +137,7 @@ BackwardResults linear_backward(const Tensor& dy, const OptionalTensor& x, const
     }
     if (drops && need_weight) dweight = dweight.add(at::mm(dy_rows.t(), x_rows.sub(*dropped)));
   }
-  if (need_x) dx = dx.view(binding::shape_with_width(dy, a.size(1)));
+  if (need_x) dx = binding::unflattened(dx, dy);
   if (need_bias) dbias = dy_rows.sum(0);
   return {or_empty(need_x ? dx : Tensor(), dy),
           or_empty(need_weight ? dweight : Tensor(), dy),

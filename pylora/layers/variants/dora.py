@@ -15,11 +15,11 @@ from torch import nn
 
 from pylora.errors import UnsupportedFeatureError
 from pylora.layers.merging import Delta, RowScale
-from pylora.layers.variants.dora_cache import find_norms, find_squares, keep_norms, keep_squares
+from pylora.layers.variants.dora_cache import writes_and_trust
 from pylora.layers.variants.dora_norm import row_norms
 from pylora.layers.variants.protocol import LoraVariant
 from pylora.layers.variants.registry import register_variant
-from pylora.ops import KeptNorms, dora_linear, dora_linear_norms, dora_row_squares
+from pylora.ops import KeptNorms, dora_linear_norms, dora_row_squares, draw_rng
 
 _NUMBERS = (float, int)
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
@@ -112,10 +112,11 @@ class _Dora(LoraVariant):
         if torch.compiler.is_compiling() or type(scaling) not in _NUMBERS:
             return cls._row_norms(module, name, matrix, matrix.device)
         a, b = cls._factors(module, name)
-        norms = find_norms(kept, weight, a, b, scaling)
+        writes, trust = writes_and_trust()
+        norms = kept.find(weight, a, b, scaling, writes, trust)
         if norms is None:
             norms = cls._row_norms(module, name, matrix, matrix.device)
-            keep_norms(kept, weight, a, b, scaling, norms)
+            kept.keep(weight, a, b, scaling, writes, trust, norms)
         return norms
 
     @staticmethod
@@ -223,22 +224,22 @@ class DoraLinearVariant(_DoraOnModules):
         magnitudes = module._modules["lora_magnitude_vector"]._modules[active_adapter]
         parameters = magnitudes._parameters
         magnitude = parameters.get("weight")
-        if type(magnitudes) is not DoraLinearLayer or len(parameters) != 1 or type(magnitude) not in _PLAIN_TENSORS:
+        if type(magnitudes) is not DoraLinearLayer or type(magnitude) not in _PLAIN_TENSORS or _is_hooked(magnitudes):
             return None
-        if _is_hooked(magnitudes):
-            return None
+        rng = draw_rng(x.device) if dropout_p > 0.0 else None
         if torch.compiler.is_compiling():
-            return dora_linear_norms(x, weight, bias, a, b, magnitude, None, scaling, dropout_p)[0]
+            return dora_linear_norms(x, weight, bias, a, b, magnitude, None, scaling, dropout_p, rng)[0]
         kept = magnitudes._kept_norms
-        norms = find_norms(kept, weight, a, b, scaling)
-        if norms is not None:
-            return dora_linear(x, weight, bias, a, b, magnitude, norms, scaling, dropout_p)
-        squares = find_squares(kept, weight)
+        writes, trust = writes_and_trust()
+        y = kept.linear(x, weight, bias, a, b, magnitude, scaling, dropout_p, rng, writes, trust)
+        if y is not None:
+            return y
+        squares = kept.find_squares(weight, writes, trust)
         if squares is None:
             squares = dora_row_squares(weight)
-            keep_squares(kept, weight, squares)
-        y, norms = dora_linear_norms(x, weight, bias, a, b, magnitude, squares, scaling, dropout_p)
-        keep_norms(kept, weight, a, b, scaling, norms)
+            kept.keep_squares(weight, writes, trust, squares)
+        y, norms = dora_linear_norms(x, weight, bias, a, b, magnitude, squares, scaling, dropout_p, rng)
+        kept.keep(weight, a, b, scaling, writes, trust, norms)
         return y
 
 

@@ -16,13 +16,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pylora.ops import KeptNorms
-
 
 class _State:
-    enabled: bool = False
-    # How often caching has been switched on or off: trust ends with either.
-    switches: int = 1
+    # 0, or within `DoraCaching` a number of its own.
+    trust: int = 0
+    switches: int = 0
     steps: int = 0
 
 
@@ -43,35 +41,13 @@ if torch.distributed.is_available():
 
 def caching_enabled() -> bool:
     """Whether a `DoraCaching` is in effect."""
-    return _State.enabled
+    return _State.trust != 0
 
 
-def find_norms(
-    kept: KeptNorms, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-) -> torch.Tensor | None:
-    """The norms kept for these tensors, None where they are unknown or may have changed."""
-    if _State.enabled:
-        return kept.find(weight, a, b, scaling, _State.steps, _State.switches)
-    return None if _in_process_group() else kept.find(weight, a, b, scaling, _State.steps, 0)
-
-
-def keep_norms(
-    kept: KeptNorms, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, norms: torch.Tensor
-) -> None:
-    """Keep norms that have just been computed from these tensors."""
-    if _State.enabled or not _in_process_group():
-        kept.keep(weight, a, b, scaling, _State.steps, _State.switches if _State.enabled else 0, norms)
-
-
-def find_squares(kept: KeptNorms, weight: torch.Tensor) -> torch.Tensor | None:
-    """The squares kept for this weight, None where they are unknown or may have changed."""
-    return None if _in_process_group() else kept.find_squares(weight, _State.steps)
-
-
-def keep_squares(kept: KeptNorms, weight: torch.Tensor, squares: torch.Tensor) -> None:
-    """Keep squares that have just been computed from this weight."""
-    if not _in_process_group():
-        kept.keep_squares(weight, _State.steps, squares)
+def writes_and_trust() -> tuple[int, int]:
+    """The arguments of `KeptNorms`' methods of these names, as they are now."""
+    trust = _State.trust
+    return _State.steps, -1 if trust == 0 and _in_process_group() else trust
 
 
 def invalidate(model: nn.Module) -> None:
@@ -112,7 +88,7 @@ class DoraCaching:
         self.prev_value: bool | None = None
 
     def __enter__(self) -> None:
-        self.prev_value = _State.enabled
+        self.prev_value = caching_enabled()
         _switch(self.enabled)
 
     def __exit__(
@@ -127,6 +103,6 @@ class DoraCaching:
 
 
 def _switch(enabled: bool) -> None:
-    if enabled is not _State.enabled:
+    if bool(enabled) != caching_enabled():
         _State.switches += 1
-    _State.enabled = enabled
+        _State.trust = _State.switches if enabled else 0
