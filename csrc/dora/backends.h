@@ -36,9 +36,13 @@ struct NormsLaunch {
 };
 
 struct KernelBackend {
-  /// Whether W A^T is taken from a product that has A's rows below x's. Sums in the weight's dtype would be too coarse
-  /// for 16-bit ones, which the norms' own kernel reads.
-  static bool stacks(const Tensor& x) { return x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble; }
+  /// Whether W A^T is taken from a product that has A's rows below x's. It pays while A is small beside what packing W
+  /// costs; a second pass over W is as fast for larger ranks, and saves the copy of many rows of x. Sums rounded to 16
+  /// bits would be too coarse.
+  static bool stacks(const Tensor& x, const Tensor& a) {
+    const bool wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+    return wide && x.size(0) > 0 && x.size(0) <= kStackedRows && a.size(0) <= kStackedRank;
+  }
 
   static Tensor dense(const Tensor& x, const Tensor& weight) { return binding::dense_product(x, weight, std::nullopt); }
 
@@ -113,7 +117,7 @@ struct KernelBackend {
 };
 
 struct AtenBackend {
-  static bool stacks(const Tensor&) { return false; }
+  static bool stacks(const Tensor&, const Tensor&) { return false; }
   static Tensor dense(const Tensor& x, const Tensor& weight) { return at::linear(x, weight); }
   static Tensor row_squares(const Tensor& weight) { return aten::row_squares(weight); }
   static Tensor row_norms(const Tensor& weight, const Tensor& a, const Tensor& b, double scaling) {

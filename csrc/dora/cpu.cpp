@@ -5,7 +5,8 @@
 #include "cpu/kernel_table.h"
 #include "dora/kernels.h"
 
-PYLORA_KERNEL_TABLE(dora::Kernels, dora_kernels)
+PYLORA_KERNEL_TABLE(dora::NormKernels, dora_norm_kernels)
+PYLORA_KERNEL_TABLE(dora::ScaleKernels, dora_scale_kernels)
 
 namespace pylora::dora {
 namespace {
@@ -13,10 +14,17 @@ namespace {
 int index(DType dtype) { return static_cast<int>(dtype); }
 bool is_f64(DType dtype) { return accumulator_dtype(dtype) == DType::f64; }
 
-Status find_kernels(const Kernels** kernels) {
+Status find_kernels(const NormKernels** kernels) {
   Isa isa;
   const Status status = current_isa(&isa);
-  *kernels = &dora_kernels_table(isa);
+  *kernels = &dora_norm_kernels_table(isa);
+  return status;
+}
+
+Status find_kernels(const ScaleKernels** kernels) {
+  Isa isa;
+  const Status status = current_isa(&isa);
+  *kernels = &dora_scale_kernels_table(isa);
   return status;
 }
 
@@ -31,7 +39,7 @@ char* coefficients_of(const NormsArgs& args) { return panels_of(args) + panels_b
 char* gram_of(const NormsArgs& args) { return coefficients_of(args) + coefficients_bytes(args); }
 
 /// A and scaling * B, converted into the workspace.
-Product convert(const Context& context, const Kernels& kernels, const NormsArgs& args) {
+Product convert(const Context& context, const NormKernels& kernels, const NormsArgs& args) {
   const bool f64 = is_f64(args.dtype);
   parallel_for(
       context, num_panels(args.in_features), grain(args.rank * kPanelColumns), [&](int64_t begin, int64_t end) {
@@ -49,7 +57,7 @@ const void* element(ConstMatrix m, DType dtype, int64_t row, int64_t column) {
 }
 
 /// |W[row, :] + scaling * B[row, :] A|^2 in f64, each element from the factors as they are stored.
-double exact_square(const Kernels& kernels, const NormsArgs& args, int64_t row) {
+double exact_square(const NormKernels& kernels, const NormsArgs& args, int64_t row) {
   double total = 0;
   for (int64_t k = 0; k < args.in_features; k += kPanelColumns) {
     const int64_t left = args.in_features - k, columns = left < kPanelColumns ? left : kPanelColumns;
@@ -72,7 +80,7 @@ double exact_square(const Kernels& kernels, const NormsArgs& args, int64_t row) 
 
 /// norms = sqrt(norms) for rows [begin, end), after those of which too little is left are computed again; squares are
 /// the rows' own, from `begin` on. "Not above" rather than "below": sums that overflowed are computed again too.
-void finish(const Kernels& kernels, const NormsArgs& args, int64_t begin, int64_t end, const double* squares) {
+void finish(const NormKernels& kernels, const NormsArgs& args, int64_t begin, int64_t end, const double* squares) {
   for (int64_t row = begin; row < end; ++row) {
     const double square =
         args.norms[row] > kCancelled * squares[row - begin] ? args.norms[row] : exact_square(kernels, args, row);
@@ -83,7 +91,7 @@ void finish(const Kernels& kernels, const NormsArgs& args, int64_t begin, int64_
 }  // namespace
 
 Status squares_cpu(const Context& context, const SquaresArgs& args) {
-  const Kernels* kernels;
+  const NormKernels* kernels;
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
   parallel_for(context, args.out_features, grain(args.in_features), [&](int64_t begin, int64_t end) {
     kernels->squares[index(args.dtype)](begin, end, args.weight, args.in_features, args.squares);
@@ -93,7 +101,7 @@ Status squares_cpu(const Context& context, const SquaresArgs& args) {
 
 Status norms_cpu(const Context& context, const NormsArgs& args) {
   if (const Status status = check(args); !status.is_ok()) return status;
-  const Kernels* kernels;
+  const NormKernels* kernels;
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
   const Product product = convert(context, *kernels, args);
   parallel_for(context, args.out_features, grain(args.in_features * args.rank), [&](int64_t begin, int64_t end) {
@@ -111,7 +119,7 @@ Status norms_cpu(const Context& context, const NormsArgs& args) {
 Status norms_from_cross_cpu(const Context& context, const CrossArgs& cross_args) {
   const NormsArgs& args = cross_args.norms;
   if (const Status status = check(args); !status.is_ok()) return status;
-  const Kernels* kernels;
+  const NormKernels* kernels;
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
   const bool f64 = is_f64(args.dtype);
   const Product product = convert(context, *kernels, args);
@@ -127,7 +135,7 @@ Status norms_from_cross_cpu(const Context& context, const CrossArgs& cross_args)
 }
 
 Status scale_cpu(const Context& context, const ScaleArgs& args) {
-  const Kernels* kernels;
+  const ScaleKernels* kernels;
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
   const auto factor = kernels->factor[index(args.magnitude_dtype)][is_f64(args.dtype)];
   parallel_for(context, args.num_tokens, grain(args.out_features),
@@ -136,7 +144,7 @@ Status scale_cpu(const Context& context, const ScaleArgs& args) {
 }
 
 Status scale_backward_cpu(const Context& context, const ScaleBackwardArgs& args) {
-  const Kernels* kernels;
+  const ScaleKernels* kernels;
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
   const auto factor = kernels->factor[index(args.magnitude_dtype)][is_f64(args.dtype)];
   const int64_t blocks = (args.out_features + kScaleColumns - 1) / kScaleColumns;

@@ -14,7 +14,7 @@ struct Product {
   const void* coefficients = nullptr;  // C [out_features][rank]
 };
 
-struct Kernels {
+struct NormKernels {
   /// out[i] = p[i * stride] in f64.
   using Widen = void (*)(const void* p, int64_t stride, int64_t count, double* out);
   /// squares[o] = |w[o, :]|^2 for rows [begin, end).
@@ -31,6 +31,17 @@ struct Kernels {
   /// sums[o] = squares[o] + 2 coefficients[o, :] . cross[:, o] + |coefficients[o, :] A|^2 for rows [begin, end).
   using Assemble = void (*)(int64_t begin, int64_t end, ConstMatrix cross, const void* gram, const Product& product,
                             const double* squares, double* sums);
+  // Indexed by DType; [dtype of a factor][accumulator is f64] where there are two.
+  Widen widen[kNumDTypes];
+  Squares squares[kNumDTypes];
+  Panels panels[kNumDTypes][2];
+  Coefficients coefficients[kNumDTypes][2];
+  Norms norms[kNumDTypes];
+  Gram gram[2];
+  Assemble assemble[2];
+};
+
+struct ScaleKernels {
   /// C factor[i] = magnitude[i] / norm[i] and C norm[i], both of entry first + i, for i in [0, count).
   using Factor = void (*)(const void* magnitude, const double* norms, int64_t first, int64_t count, void* factor,
                           void* norm);
@@ -39,14 +50,7 @@ struct Kernels {
   /// Columns [begin, end) of dz and dmagnitude.
   using ScaleBackward = void (*)(int64_t begin, int64_t end, const ScaleBackwardArgs& args, Factor factor);
 
-  // Indexed by DType; [factor or magnitude dtype][accumulator is f64] where there are two.
-  Widen widen[kNumDTypes];
-  Squares squares[kNumDTypes];
-  Panels panels[kNumDTypes][2];
-  Coefficients coefficients[kNumDTypes][2];
-  Norms norms[kNumDTypes];
-  Gram gram[2];
-  Assemble assemble[2];
+  // Indexed by DType, factor by [magnitude's dtype][accumulator is f64].
   Factor factor[kNumDTypes][2];
   Scale scale[kNumDTypes];
   ScaleBackward scale_backward[kNumDTypes];

@@ -56,7 +56,7 @@ Products products_of(const Tensor& x, const Tensor& weight, const Tensor& a, con
                      const OptionalTensor& squares, double scaling, double dropout_p, const OptionalTensor& rng) {
   const bool drops = dropout_p > 0;
   const Tensor dropped = lora::dropout(x, dropout_p, rng);
-  if (!has_norms && x.size(0) > 0 && Backend::stacks(x)) {
+  if (!has_norms && Backend::stacks(x, a)) {
     return stacked_products<Backend>(x, dropped, drops, weight, a, b, squares, scaling);
   }
   Products products;

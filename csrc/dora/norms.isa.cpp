@@ -1,4 +1,4 @@
-// The dora kernels, written once and compiled per instruction set. The norms' tile is 6 rows of W x 2 vectors: 12
+// The kernels of DoRA's norms, written once and compiled per instruction set. Their tile is 6 rows of W x 2 vectors: 12
 // accumulators, into which the rank's products go before they are squared, so that B A is never stored.
 #include "cpu/simd/transpose.h"
 #include "cpu/simd/vec.h"
@@ -7,8 +7,8 @@
 namespace pylora::PYLORA_ISA {
 namespace {
 
-using dora::Kernels;
 using dora::kPanelColumns;
+using dora::NormKernels;
 using dora::Product;
 
 template <class A, class B>
@@ -162,10 +162,14 @@ void coefficients(int64_t begin, int64_t end, ConstMatrix b, int64_t rank, doubl
 
 // ---- norms ----
 
-/// Adds the squares of a tile of W + B A, and of W, over a whole panel.
+/// Largest rank whose coefficients a tile copies side by side: one pointer to walk along in place of six.
+constexpr int64_t kPackedRank = 256;
+
+/// Adds the squares of a tile of W + B A, and of W, over a whole panel. Coefficient r of row m lies at m * row_step + r *
+/// rank_step.
 template <class C, int M>
-void norms_tile(const C* w, int64_t stride, const C* panel, const C* coefficient, int64_t rank, double* sums,
-                double* squares) {
+PYLORA_INLINE void norms_tile_at(const C* w, int64_t stride, const C* panel, const C* coefficient, int64_t row_step,
+                                 int64_t rank_step, int64_t rank, double* sums, double* squares) {
   constexpr int kL = kLanes<C>;
   Vec<C> sum[M] = {}, own[M] = {};
   for (int64_t c = 0; c < kPanelColumns; c += kTileVectors * kL) {
@@ -181,7 +185,7 @@ void norms_tile(const C* w, int64_t stride, const C* panel, const C* coefficient
       for (int n = 0; n < kTileVectors; ++n)
         row[n] = load(panel + r * kPanelColumns + c + n * kL);
       for (int m = 0; m < M; ++m) {
-        const Vec<C> value = splat(coefficient[m * rank + r]);
+        const Vec<C> value = splat(coefficient[m * row_step + r * rank_step]);
         for (int n = 0; n < kTileVectors; ++n)
           element[m][n] += value * row[n];
       }
@@ -194,6 +198,17 @@ void norms_tile(const C* w, int64_t stride, const C* panel, const C* coefficient
     sums[m] += static_cast<double>(horizontal_sum<C>(sum[m]));
     squares[m] += static_cast<double>(horizontal_sum<C>(own[m]));
   }
+}
+
+template <class C, int M>
+void norms_tile(const C* w, int64_t stride, const C* panel, const C* coefficient, int64_t rank, double* sums,
+                double* squares) {
+  if (rank > kPackedRank) return norms_tile_at<C, M>(w, stride, panel, coefficient, rank, 1, rank, sums, squares);
+  C packed[kPackedRank * M];
+  for (int64_t r = 0; r < rank; ++r)
+    for (int m = 0; m < M; ++m)
+      packed[r * M + m] = coefficient[m * rank + r];
+  norms_tile_at<C, M>(w, stride, panel, packed, 1, M, rank, sums, squares);
 }
 
 template <class C>
@@ -316,115 +331,10 @@ void assemble(int64_t begin, int64_t end, ConstMatrix cross, const void* gram, c
   }
 }
 
-// ---- the factor on the output ----
-
-template <class M, class C>
-void factor(const void* magnitude, const double* norms, int64_t first, int64_t count, void* factor_out,
-            void* norm_out) {
-  using A = Accumulator<M>;
-  const M* m = static_cast<const M*>(magnitude) + first;
-  C* factors = static_cast<C*>(factor_out);
-  C* rounded = static_cast<C*>(norm_out);
-  for (int64_t i = 0; i < count; i += kLanes<A>) {
-    const int64_t n = min_of<int64_t>(kLanes<A>, count - i);
-    A norm[kLanes<A>] = {}, magnitudes[kLanes<A>];
-    for (int64_t j = 0; j < n; ++j)
-      norm[j] = static_cast<A>(norms[first + i + j]);
-    if constexpr (!kSame<M, A>) {  // through the storage type: a magnitude that was a norm gives a factor of 1
-      M stored[kLanes<A>];
-      store(stored, load(norm));
-      store(norm, load(stored));
-    }
-    store(magnitudes, n == kLanes<A> ? load(m + i) : load_partial(m + i, n));
-    for (int64_t j = 0; j < n; ++j) {
-      const C divisor = norm[j] == 0 ? C(1) : static_cast<C>(norm[j]);
-      rounded[i + j] = divisor;
-      factors[i + j] = static_cast<C>(magnitudes[j]) / divisor;
-    }
-  }
-}
-
-template <class T>
-void scale_row(const Accumulator<T>* factors, const T* z, const T* rest, const T* bias, int64_t count, T* y) {
-  using C = Accumulator<T>;
-  int64_t i = 0;
-  for (; i + kLanes<C> <= count; i += kLanes<C>) {
-    Vec<C> value = load(factors + i) * load(z + i);
-    if (rest) value += load(rest + i);
-    if (bias) value += load(bias + i);
-    store(y + i, value);
-  }
-  if (i < count) {
-    const int64_t left = count - i;
-    Vec<C> value = load_partial(factors + i, left) * load_partial(z + i, left);
-    if (rest) value += load_partial(rest + i, left);
-    if (bias) value += load_partial(bias + i, left);
-    store_partial(y + i, value, left);
-  }
-}
-
-template <class T>
-void scale(int64_t begin, int64_t end, const dora::ScaleArgs& args, Kernels::Factor factor) {
-  using C = Accumulator<T>;
-  constexpr int64_t kColumns = 512;
-  alignas(64) C factors[kColumns], norm[kColumns];
-  const T* bias = static_cast<const T*>(args.bias);
-  for (int64_t c = 0; c < args.out_features; c += kColumns) {
-    const int64_t columns = min_of(kColumns, args.out_features - c);
-    factor(args.magnitude, args.norms, c, columns, factors, norm);
-    for (int64_t t = begin; t < end; ++t)
-      scale_row(factors, row_of<T>(args.z, t) + c, args.rest.data ? row_of<T>(args.rest, t) + c : nullptr,
-                bias ? bias + c : nullptr, columns, row_of<T>(args.y, t) + c);
-  }
-}
-
-/// One token's part: dz = factors * dy (dz null: not wanted), sums += dy * z (z null: not wanted).
-template <class T>
-void scale_row_backward(const Accumulator<T>* factors, const T* dy, const T* z, int64_t count, T* dz,
-                        Accumulator<T>* sums) {
-  using C = Accumulator<T>;
-  int64_t i = 0;
-  for (; i + kLanes<C> <= count; i += kLanes<C>) {
-    const Vec<C> value = load(dy + i);
-    if (z) store(sums + i, load(sums + i) + value * load(z + i));
-    if (dz) store(dz + i, load(factors + i) * value);
-  }
-  if (i < count) {
-    const int64_t left = count - i;
-    const Vec<C> value = load_partial(dy + i, left);
-    if (z) store_partial(sums + i, load_partial(sums + i, left) + value * load_partial(z + i, left), left);
-    if (dz) store_partial(dz + i, load_partial(factors + i, left) * value, left);
-  }
-}
-
-template <class T>
-void scale_backward(int64_t begin, int64_t end, const dora::ScaleBackwardArgs& args, Kernels::Factor factor) {
-  using C = Accumulator<T>;
-  constexpr int64_t kTokens = 64;
-  alignas(64) C factors[dora::kScaleColumns], norm[dora::kScaleColumns];
-  for (int64_t c = begin; c < end; c += dora::kScaleColumns) {
-    const int64_t columns = min_of(dora::kScaleColumns, end - c);
-    factor(args.magnitude, args.norms, c, columns, factors, norm);
-    alignas(64) C total[dora::kScaleColumns] = {};
-    for (int64_t t = 0; t < args.num_tokens; t += kTokens) {
-      alignas(64) C sums[dora::kScaleColumns] = {};
-      for (int64_t i = t; i < min_of(t + kTokens, args.num_tokens); ++i)
-        scale_row_backward(factors, row_of<T>(args.dy, i) + c, args.dmagnitude ? row_of<T>(args.z, i) + c : nullptr,
-                           columns, args.dz.data ? row_of<T>(args.dz, i) + c : nullptr, sums);
-      for (int64_t i = 0; i < columns; ++i)
-        total[i] += sums[i];
-    }
-    if (C* out = static_cast<C*>(args.dmagnitude)) {
-      for (int64_t i = 0; i < columns; ++i)
-        out[c + i] = total[i] / norm[i];
-    }
-  }
-}
-
 }  // namespace
 
-extern const Kernels dora_kernels;
-const Kernels dora_kernels = {
+extern const NormKernels dora_norm_kernels;
+const NormKernels dora_norm_kernels = {
     {widen<float>, widen<bf16>, widen<f16>, widen<double>},
     {squares<float>, squares<bf16>, squares<f16>, squares<double>},
     {{panels<float, float>, panels<float, double>},
@@ -438,12 +348,6 @@ const Kernels dora_kernels = {
     {norms<float>, norms<bf16>, norms<f16>, norms<double>},
     {gram<float>, gram<double>},
     {assemble<float>, assemble<double>},
-    {{factor<float, float>, factor<float, double>},
-     {factor<bf16, float>, factor<bf16, double>},
-     {factor<f16, float>, factor<f16, double>},
-     {factor<double, float>, factor<double, double>}},
-    {scale<float>, scale<bf16>, scale<f16>, scale<double>},
-    {scale_backward<float>, scale_backward<bf16>, scale_backward<f16>, scale_backward<double>},
 };
 
 }  // namespace pylora::PYLORA_ISA
