@@ -13,6 +13,8 @@ from torch.testing import assert_close
 
 import pylora
 from pylora.layers.variants import DoraLinearVariant
+from pylora.ops import draw_rng
+from pylora.ops.reference import dora as reference
 
 MERGEABLE = ["emb", "lin", "nobias", "tr", "conv1", "conv2", "conv3"]
 TARGETS = [*MERGEABLE, "grouped"]
@@ -352,6 +354,23 @@ def test_a_variant_s_forward_leaves_the_running_result_alone(make):
     before = result.clone()
     DoraLinearVariant.forward(layer, active_adapter="default", x=x, result=result)
     assert_close(result, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lin", "nobias", "tr"])
+def test_dropout_in_training_is_that_of_the_op(name, make):
+    layer = make(pylora, targets=[name], lora_dropout=0.3).base_model.model.get_submodule(name).train()
+    x = torch.randn(7, layer.in_features)
+    torch.manual_seed(1)
+    actual = layer(x)
+    torch.manual_seed(1)
+    rng = draw_rng("cpu")
+    weight, bias = layer._base_weight().read(), layer.base_layer.bias
+    a, b = layer._factors("default")
+    scaling = layer.scaling["default"]
+    norms = reference.dora_row_norms(weight, a, b, scaling)
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    expected = reference.dora_linear(x, weight, bias, a, b, magnitude, norms, scaling, 0.3, rng)
+    assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_training_reaches_the_same_weights_as_peft(both, ids):
