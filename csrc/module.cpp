@@ -8,13 +8,16 @@
 #include <string>
 #include <vector>
 
+#include "bgmv/call.h"
 #include "binding/status.h"
 #include "cpu/isa.h"
 #include "dora/call.h"
 #include "dora/kept_norms.h"
 #include "lanczos/call.h"
 #include "lora/call.h"
+#include "multi_lora/multi_lora.h"
 #include "select/call.h"
+#include "sgmv/call.h"
 
 namespace py = pybind11;
 
@@ -103,4 +106,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("above"), arg("locked"), arg("begin"), arg("end"), arg("seed"), no_gil);
   m.def("ritz_residuals", &lanczos::call_ritz_residuals, arg("diagonal"), arg("above"), arg("rank"), no_gil);
   m.def("keep_largest", &select::call_keep_largest, arg("x"), arg("count"), no_gil);
+  m.def("sgmv_", &sgmv::eager_add, no_gil);
+  m.def("sgmv_shrink", &sgmv::eager_shrink, no_gil);
+  m.def("sgmv_expand_", &sgmv::eager_expand, no_gil);
+  m.def("bgmv_", &bgmv::eager_add, no_gil);
+  m.def("bgmv_shrink", &bgmv::eager_shrink, no_gil);
+  m.def("bgmv_expand_", &bgmv::eager_expand, no_gil);
+  m.def("multi_lora_linear", &multi_lora::eager_linear, no_gil);
 }

@@ -1,5 +1,7 @@
 """The native extension, built by setup.py from csrc/. Only `pylora._native` imports it."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 __version__: str
@@ -98,3 +100,65 @@ def bidiagonalise_(
 ) -> None: ...
 def ritz_residuals(diagonal: Tensor, above: Tensor, rank: int) -> tuple[Tensor, Tensor]: ...
 def keep_largest(x: Tensor, count: int) -> Tensor: ...
+def sgmv_(
+    y: Tensor,
+    x: Tensor,
+    a_pool: Sequence[Tensor],
+    b_pool: Sequence[Tensor],
+    ranks: Tensor,
+    scalings: Tensor,
+    segment_indptr: Tensor,
+    segment_slots: Tensor,
+    out_first: bool,
+    /,
+) -> None: ...
+def sgmv_shrink(
+    x: Tensor, a_pool: Sequence[Tensor], ranks: Tensor, segment_indptr: Tensor, segment_slots: Tensor, /
+) -> Tensor: ...
+def sgmv_expand_(
+    y: Tensor,
+    v: Tensor,
+    b_pool: Sequence[Tensor],
+    ranks: Tensor,
+    scalings: Tensor,
+    segment_indptr: Tensor,
+    segment_slots: Tensor,
+    out_first: bool,
+    /,
+) -> None: ...
+def bgmv_(
+    y: Tensor,
+    x: Tensor,
+    a_pool: Sequence[Tensor],
+    b_pool: Sequence[Tensor],
+    ranks: Tensor,
+    scalings: Tensor,
+    token_slots: Tensor,
+    out_first: bool,
+    /,
+) -> None: ...
+def bgmv_shrink(x: Tensor, a_pool: Sequence[Tensor], ranks: Tensor, token_slots: Tensor, /) -> Tensor: ...
+def bgmv_expand_(
+    y: Tensor,
+    v: Tensor,
+    b_pool: Sequence[Tensor],
+    ranks: Tensor,
+    scalings: Tensor,
+    token_slots: Tensor,
+    out_first: bool,
+    /,
+) -> None: ...
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout: Sequence[float],
+    rng: Tensor | None,
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+    /,
+) -> Tensor: ...

@@ -1,12 +1,21 @@
 """The ops: public functions over the native kernels, one file an op, each with its definition in `reference/`."""
 
+from pylora.ops.bgmv import bgmv_, bgmv_expand_, bgmv_shrink
 from pylora.ops.dora import KeptNorms, dora_linear, dora_linear_norms, dora_row_norms, dora_row_squares
 from pylora.ops.lanczos import bidiagonalise_, ritz_residuals
 from pylora.ops.lora import draw_rng, lora_add, lora_dropout, lora_linear
+from pylora.ops.multi_lora import AdapterPools, multi_lora_linear
+from pylora.ops.plan import BatchPlan
 from pylora.ops.select import keep_largest
+from pylora.ops.sgmv import sgmv_, sgmv_expand_, sgmv_shrink
 
 __all__ = [
+    "AdapterPools",
+    "BatchPlan",
     "KeptNorms",
+    "bgmv_",
+    "bgmv_expand_",
+    "bgmv_shrink",
     "bidiagonalise_",
     "dora_linear",
     "dora_linear_norms",
@@ -17,5 +26,9 @@ __all__ = [
     "lora_add",
     "lora_dropout",
     "lora_linear",
+    "multi_lora_linear",
     "ritz_residuals",
+    "sgmv_",
+    "sgmv_expand_",
+    "sgmv_shrink",
 ]

@@ -1,0 +1,124 @@
+// The launchers of segments.h: share out tokens (shrink, expand) or columns (sums over tokens).
+#include "cpu/segments.h"
+
+#include "common/sizes.h"
+#include "cpu/kernel_table.h"
+#include "cpu/segments_kernels.h"
+
+PYLORA_KERNEL_TABLE(SegmentKernels, segment_kernels)
+
+namespace pylora {
+namespace {
+
+int index(DType dtype) { return static_cast<int>(dtype); }
+
+ConstMatrix transposed(ConstMatrix m) { return {m.data, m.column_stride, m.row_stride}; }
+
+Status find_kernels(const SegmentKernels** kernels) {
+  Isa isa;
+  const Status status = current_isa(&isa);
+  *kernels = &segment_kernels_table(isa);
+  return status;
+}
+
+/// The segment that position p is in.
+int64_t segment_of(const SegmentPlan& plan, int64_t p) {
+  int64_t low = 0, high = plan.num_segments;  // begin_of(low) <= p < begin_of(high)
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (plan.begin_of(middle) <= p ? low : high) = middle;
+  }
+  return low;
+}
+
+/// body(slot, begin, end) for each segment's part of the positions [begin, end), where there is something to add.
+template <class Body>
+void for_each_part(const SegmentPlan& plan, const SegmentSlot* slots, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t s = segment_of(plan, begin); begin < end; ++s) {
+    const int64_t segment_end = plan.begin_of(s + 1), part_end = segment_end < end ? segment_end : end;
+    const int32_t slot = plan.slots[s];
+    if (slot >= 0 && slots[slot].rank > 0 && begin < part_end) body(slots[slot], begin, part_end);
+    begin = part_end > begin ? part_end : begin;
+  }
+}
+
+template <bool kShrink, bool kExpand>
+Status run_forward(const Context& context, const SegmentForward& args) {
+  const SegmentKernels* kernels;
+  if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
+  const SegmentShape& s = args.shape;
+  const auto shrink = kernels->shrink[index(s.dtype)];
+  const auto expand = kernels->expand[index(s.dtype)];
+  const int64_t work = s.v_stride * ((kShrink ? s.in_features : 0) + (kExpand ? s.out_features : 0));
+  parallel_for(context, args.plan.num_positions(), grain(work), [&](int64_t begin, int64_t end) {
+    for_each_part(args.plan, args.slots, begin, end, [&](const SegmentSlot& slot, int64_t first, int64_t last) {
+      if (kShrink) {
+        shrink(first, last, args.plan, args.x, s.in_features, slot.a, slot.dtype, slot.rank, 1.0, slot.dropout, args.v,
+               s.v_stride);
+      }
+      if (kExpand) {
+        expand(first, last, args.plan, args.v, s.v_stride, transposed(slot.b), slot.dtype, slot.rank, slot.scaling,
+               Dropout{}, args.y, s.out_features);
+      }
+    });
+  });
+  return {};
+}
+
+}  // namespace
+
+Status segments_shrink_cpu(const Context& context, const SegmentForward& args) {
+  return run_forward<true, false>(context, args);
+}
+
+Status segments_expand_cpu(const Context& context, const SegmentForward& args) {
+  return run_forward<false, true>(context, args);
+}
+
+Status segments_forward_cpu(const Context& context, const SegmentForward& args) {
+  return run_forward<true, true>(context, args);
+}
+
+Status segments_backward_cpu(const Context& context, const SegmentBackward& args) {
+  const SegmentKernels* kernels;
+  if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
+  const SegmentShape& s = args.shape;
+  const SegmentPlan& plan = args.plan;
+  const auto shrink = kernels->shrink[index(s.dtype)];
+  const auto expand = kernels->expand[index(s.dtype)];
+  const auto outer = kernels->outer[index(s.dtype)];
+
+  if (args.dx.data || args.da) {
+    const int64_t work = s.v_stride * (s.out_features + (args.dx.data ? s.in_features : 0));
+    parallel_for(context, plan.num_positions(), grain(work), [&](int64_t begin, int64_t end) {
+      for_each_part(plan, args.slots, begin, end, [&](const SegmentSlot& slot, int64_t first, int64_t last) {
+        shrink(first, last, plan, args.dy, s.out_features, transposed(slot.b), slot.dtype, slot.rank, slot.scaling,
+               Dropout{}, args.g, s.v_stride);
+        if (!args.dx.data) return;
+        expand(first, last, plan, args.g, s.v_stride, slot.a, slot.dtype, slot.rank, 1.0, slot.dropout, args.dx,
+               s.in_features);
+      });
+    });
+  }
+  // A slot may have several segments: columns are shared out, so that no two threads add to one sum.
+  const auto sums_over_tokens = [&](const void* v, ConstMatrix x, int64_t width, bool is_da, void* const* sums) {
+    const int64_t blocks = (width + kDropoutBlock - 1) / kDropoutBlock;
+    const int64_t work = kDropoutBlock * s.v_stride * plan.num_positions();
+    parallel_for(context, blocks, grain(work), [&](int64_t begin, int64_t end) {
+      const int64_t last_column = end * kDropoutBlock < width ? end * kDropoutBlock : width;
+      for (int64_t segment = 0; segment < plan.num_segments; ++segment) {
+        const int32_t index_of_slot = plan.slots[segment];
+        if (index_of_slot < 0 || !sums[index_of_slot]) continue;
+        const SegmentSlot& slot = args.slots[index_of_slot];
+        outer(begin * kDropoutBlock, last_column, plan.begin_of(segment), plan.begin_of(segment + 1), plan, v,
+              s.v_stride, slot.rank, x, width, is_da ? 1.0 : slot.scaling, is_da ? slot.dropout : Dropout{},
+              sums[index_of_slot]);
+      }
+    });
+  };
+  if (args.da) sums_over_tokens(args.g, args.x, s.in_features, true, args.da);
+  if (args.db) sums_over_tokens(args.v, args.dy, s.out_features, false, args.db);
+  return {};
+}
+
+}  // namespace pylora

@@ -1,0 +1,70 @@
+// multi_lora: a dense layer for a batch whose rows use different adapters, each adapter's factors where its layer keeps
+// them. Nothing is stacked or copied: the kernels (cpu/segments.h, which has the numerics) take a pointer, a rank, a
+// dtype and a scaling for each adapter, so that no change of an adapter can be missed.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace pylora::multi_lora {
+
+using at::Tensor;
+using at::TensorList;
+using OptionalTensor = std::optional<Tensor>;
+using Doubles = c10::ArrayRef<double>;
+
+/// What every op of the family takes after its own arguments.
+///   a, b        for each adapter of the batch: [rank, in], [out, rank]
+///   scalings    one for each
+///   dropout     one probability for each; empty: none
+///   rng         int64 [2], where dropout is not 0
+///   order       int32 [rows]: rows of the batch sorted by segment
+///   indptr      int32 [segments + 1], in rows
+///   slots       int32 [segments]: index in a and b, or -1
+#define PYLORA_MULTI_LORA_ARGS                                                                                   \
+  TensorList a, TensorList b, Doubles scalings, Doubles dropout, const OptionalTensor &rng, const Tensor &order, \
+      const Tensor &indptr, const Tensor &slots
+#define PYLORA_MULTI_LORA_TYPES \
+  TensorList, TensorList, Doubles, Doubles, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&
+#define PYLORA_MULTI_LORA_NAMES a, b, scalings, dropout, rng, order, indptr, slots
+
+template <class Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+inline Tensor call_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, PYLORA_MULTI_LORA_ARGS) {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, PYLORA_MULTI_LORA_TYPES)>(
+      "pylora::multi_lora_linear");
+  return op.call(x, weight, bias, PYLORA_MULTI_LORA_NAMES);
+}
+
+inline std::tuple<Tensor, Tensor> call_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                               PYLORA_MULTI_LORA_ARGS) {
+  static const auto op =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, PYLORA_MULTI_LORA_TYPES)>(
+          "pylora::multi_lora_linear_forward");
+  return op.call(x, weight, bias, PYLORA_MULTI_LORA_NAMES);
+}
+
+using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
+inline Gradients call_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& v,
+                               PYLORA_MULTI_LORA_ARGS, bool need_x, bool need_factors) {
+  static const auto op = find_op<Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                           PYLORA_MULTI_LORA_TYPES, bool, bool)>("pylora::multi_lora_linear_backward");
+  return op.call(dy, x, weight, v, PYLORA_MULTI_LORA_NAMES, need_x, need_factors);
+}
+
+/// As pybind11 calls it.
+inline Tensor eager_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                           const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                           const std::vector<double>& scalings, const std::vector<double>& dropout,
+                           const OptionalTensor& rng, const Tensor& order, const Tensor& indptr, const Tensor& slots) {
+  return call_linear(x, weight, bias, PYLORA_MULTI_LORA_NAMES);
+}
+
+}  // namespace pylora::multi_lora

@@ -1,0 +1,140 @@
+"""Low-rank products of many adapters, a slot for each token: decoding.
+
+Maths and numerics: csrc/cpu/segments.h. Definition: reference/bgmv.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pylora._native import C
+from pylora.ops.pools import Pool, as_slices, expand_input, fake_v, is_out_first, shrink_result
+
+
+def bgmv_(
+    y: Tensor,
+    x: Tensor,
+    a_pool: Pool,
+    b_pool: Pool,
+    ranks: Tensor,
+    scalings: Tensor,
+    token_slots: Tensor,
+    b_layout: str = "rank_out",
+) -> None:
+    """Add to each token's row of y the low-rank product of its slot.
+
+    Semantics, for each token t of slot s >= 0; a token of slot -1 keeps its row's bits::
+
+        v = x[t] @ a_pool[s, :ranks[s]].T
+        y[t] += scalings[s] * v @ b_pool[s, :ranks[s]]
+
+    Ranks beyond a slot's own are neither read nor computed with. Differentiable in y (through which the gradient
+    passes), x and the pools, once. Saved for backward: x, v and the pools.
+
+    Args:
+        y: `[num_tokens, out_features]`, written; x's dtype, columns side by side in memory. Of a list of pools, the
+            products' columns side by side.
+        x: `[num_tokens, in_features]`, float32, bfloat16, float16 or float64.
+        a_pool: `[num_slots, max_rank, in_features]`, any of these dtypes, not necessarily x's; or a list of such
+            pools, for products that share an input (q, k and v; gate and up).
+        b_pool: `[num_slots, max_rank, out_features]`, a_pool's dtype, or as many of them as a_pool; their
+            out_features may differ.
+        ranks: int32 `[num_slots]`, 0 to max_rank. 0: the slot adds nothing.
+        scalings: float32 `[num_slots]`.
+        token_slots: int32 `[num_tokens]`, -1 to num_slots - 1. Tokens are grouped by slot first: their order does not
+            matter.
+        b_layout: "rank_out", or "out_rank" where b_pool is `[num_slots, out_features, max_rank]`.
+
+    Numerics: sums are f32 (f64 for float64 x) whatever the pools' dtype; y is read, added to and rounded once (once for
+    each 512 ranks). A row's bits depend on the row and its slot alone, not on the other rows or on the threads.
+
+    Raises:
+        ValueError: a shape, device, rank or slot does not fit; the message names the argument. y is then as it was.
+        TypeError: a dtype does not fit.
+
+    Source: Chen et al., "Punica: Multi-Tenant LoRA Serving" (2023), section 4.
+    """
+    args = (y, x, as_slices(a_pool), as_slices(b_pool), ranks, scalings, token_slots)
+    out_first = is_out_first("bgmv_", b_layout)
+    if torch.compiler.is_compiling():
+        torch.ops.pylora.bgmv_(*args, out_first)
+    else:
+        C.bgmv_(*args, out_first)
+
+
+def bgmv_shrink(x: Tensor, a_pool: Pool, ranks: Tensor, token_slots: Tensor) -> Tensor:
+    """The first half of `bgmv_`: v, without its derivatives.
+
+    Args:
+        x, a_pool, ranks, token_slots: as in `bgmv_`.
+
+    Returns:
+        v: `[num_tokens, max_rank]`, or `[len(a_pool), num_tokens, max_rank]` of a list; float32, or float64 as x. Zero
+        beyond a slot's rank, and for tokens of slot -1.
+
+    Raises: as `bgmv_`, and NotImplementedError where an argument requires a gradient.
+    """
+    args = (x, as_slices(a_pool), ranks, token_slots)
+    v = torch.ops.pylora.bgmv_shrink(*args) if torch.compiler.is_compiling() else C.bgmv_shrink(*args)
+    return shrink_result(v, a_pool)
+
+
+def bgmv_expand_(
+    y: Tensor,
+    v: Tensor,
+    b_pool: Pool,
+    ranks: Tensor,
+    scalings: Tensor,
+    token_slots: Tensor,
+    b_layout: str = "rank_out",
+) -> None:
+    """The second half of `bgmv_`: adds what v gives to y, without its derivatives.
+
+    Args:
+        y, b_pool, ranks, scalings, token_slots, b_layout: as in `bgmv_`.
+        v: as `bgmv_shrink` returns it.
+
+    Raises: as `bgmv_`, and NotImplementedError where an argument requires a gradient.
+    """
+    args = (y, expand_input(v, b_pool), as_slices(b_pool), ranks, scalings, token_slots)
+    out_first = is_out_first("bgmv_expand_", b_layout)
+    if torch.compiler.is_compiling():
+        torch.ops.pylora.bgmv_expand_(*args, out_first)
+    else:
+        C.bgmv_expand_(*args, out_first)
+
+
+# What tracing sees in place of the kernels.
+
+
+@torch.library.register_fake("pylora::bgmv_")
+def _fake_add(
+    y: Tensor,
+    x: Tensor,
+    a_pool: list[Tensor],
+    b_pool: list[Tensor],
+    ranks: Tensor,
+    scalings: Tensor,
+    token_slots: Tensor,
+    out_first: bool = False,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("pylora::bgmv_shrink")
+def _fake_shrink(x: Tensor, a_pool: list[Tensor], ranks: Tensor, token_slots: Tensor) -> Tensor:
+    return fake_v(x, a_pool)
+
+
+@torch.library.register_fake("pylora::bgmv_expand_")
+def _fake_expand(
+    y: Tensor,
+    v: Tensor,
+    b_pool: list[Tensor],
+    ranks: Tensor,
+    scalings: Tensor,
+    token_slots: Tensor,
+    out_first: bool = False,
+) -> None:
+    return None

@@ -1,0 +1,140 @@
+"""A dense layer for a batch whose rows use different adapters, fused with the base product.
+
+Maths and numerics: csrc/cpu/segments.h, csrc/multi_lora/README.md. Definition: reference/multi_lora.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pylora._native import C
+from pylora.ops.lora import draw_rng
+from pylora.ops.plan import BatchPlan
+
+
+class AdapterPools(NamedTuple):
+    """The adapters of one layer, by slot: references to their factors, not copies, so that no change is missed.
+
+    Attributes:
+        a: Of each slot, `[rank, in_features]`. Ranks and dtypes may differ between slots.
+        b: Of each slot, `[out_features, rank]`, the dtype of its a.
+        scalings: A number for each slot.
+        dropout_p: Probability of dropping an element of a slot's input, for each slot; empty for none.
+    """
+
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scalings: Sequence[float]
+    dropout_p: Sequence[float] = ()
+
+    @staticmethod
+    def stacked(a_pool: Tensor, b_pool: Tensor, ranks: Sequence[int], scalings: Sequence[float]) -> AdapterPools:
+        """Pools in the layout of `sgmv_` ([num_slots, max_rank, in], [num_slots, max_rank, out]) as views."""
+        a = [pool[:rank] for pool, rank in zip(a_pool, ranks, strict=True)]
+        b = [pool[:rank].t() for pool, rank in zip(b_pool, ranks, strict=True)]
+        return AdapterPools(a, b, scalings)
+
+
+def multi_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pools: AdapterPools, plan: BatchPlan, rng: Tensor | None = None
+) -> Tensor:
+    """A linear layer for a batch of rows with different adapters.
+
+    Semantics, for row i of slot s (of slot -1: the base product alone)::
+
+        v = drop_s(x[i]) @ pools.a[s].T
+        y[i] = x[i] @ weight.T + bias + pools.scalings[s] * v @ pools.b[s].T
+
+    Differentiable in x, weight, bias and the factors, once. The gradient of an adapter that no row uses is zero. Saved
+    for backward: x, v and `rng`. Dropout as in `lora_linear`: an element's bits depend on its row in x, its column and
+    `rng` alone.
+
+    Args:
+        x: `[num_rows, ..., in_features]`, float32, bfloat16, float16 or float64: rows are tokens, or sequences of any
+            length.
+        weight: `[out_features, in_features]`, x's dtype, any strides.
+        bias: `[out_features]`, x's dtype, or None.
+        pools: The adapters, by slot.
+        plan: The slots of the rows, shared by all layers of a batch.
+        rng: int64 `[2]`, as from `draw_rng`; drawn here if None and a probability is not 0.
+
+    Returns:
+        y: `[num_rows, ..., out_features]`, x's dtype, contiguous.
+
+    Numerics: as `lora_linear`; the low-rank part of a row has the same bits whatever rows are beside it.
+
+    Raises:
+        ValueError: a shape, slot or number of rows does not fit; the message names the argument.
+        TypeError: a dtype does not fit.
+    """
+    dropout_p = pools.dropout_p
+    if rng is None and any(dropout_p):
+        rng = draw_rng(x.device)
+    call = torch.ops.pylora.multi_lora_linear if torch.compiler.is_compiling() else C.multi_lora_linear
+    return call(x, weight, bias, pools.a, pools.b, pools.scalings, dropout_p, rng, *plan)
+
+
+@torch.library.register_fake("pylora::multi_lora_linear")
+def _fake_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scalings: list[float],
+    dropout: list[float],
+    rng: Tensor | None,
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("pylora::multi_lora_linear_forward")
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scalings: list[float],
+    dropout: list[float],
+    rng: Tensor | None,
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor]:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    v = x.new_empty((rows, max((each.shape[0] for each in a), default=0)), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), v
+
+
+@torch.library.register_fake("pylora::multi_lora_linear_backward")
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    v: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scalings: list[float],
+    dropout: list[float],
+    rng: Tensor | None,
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+    need_x: bool,
+    need_factors: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    dx = dy.new_empty(x.shape if need_x else (0,))
+    if not need_factors:
+        return dx, [], []
+    return dx, [each.new_empty(each.shape) for each in a], [each.new_empty(each.shape) for each in b]

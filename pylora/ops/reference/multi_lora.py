@@ -1,0 +1,31 @@
+"""multi_lora_linear as its definition, in f64 and differentiable by autograd."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pylora.ops.reference.lora import lora_dropout
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    row_slots: Sequence[int],
+    dropout_p: Sequence[float] = (),
+    rng: Tensor | None = None,
+) -> Tensor:
+    """Row i of x through the layer with adapter row_slots[i], or with none where that is -1; f64."""
+    y = x.double() @ weight.double().T
+    if bias is not None:
+        y = y + bias.double()
+    rows = list(y)
+    for i, slot in enumerate(row_slots):
+        if slot >= 0:
+            dropped = lora_dropout(x, dropout_p[slot] if dropout_p else 0.0, rng)[i]
+            rows[i] = rows[i] + scalings[slot] * (dropped @ a[slot].double().T @ b[slot].double().T)
+    return torch.stack(rows) if rows else y
