@@ -221,13 +221,9 @@ constexpr int64_t kExpandMaxRanks = 512;
 constexpr int64_t kExpandBlockElements = 16384, kExpandMaxColumns = 512;
 
 /// y += multiplier * scaling * v factor. partial: columns of a last incomplete vector (kVectors = 1), or 0.
-template's parameter so that every tile fuses the same products
-    /// into its additions: behind a branch the compiler does in some, and the bits would depend on the tile.
-    /// partial: columns of a last incomplete vector (kVectors = 1), or 0.
-    template <class T, int M, int kVectors, bool kPartial>
-    void expand_tile(const Accumulator<T>* const* v, int64_t ranks, Accumulator<T> scaling,
-                     FactorBlock<Accumulator<T>> f, int64_t column, const Accumulator<T>* multiplier, T* const* y,
-                     int64_t partial) {
+template <class T, int M, int kVectors, bool kPartial>
+void expand_tile(const Accumulator<T>* const* v, int64_t ranks, Accumulator<T> scaling, FactorBlock<Accumulator<T>> f,
+                 int64_t column, const Accumulator<T>* multiplier, T* const* y, int64_t partial) {
   using C = Accumulator<T>;
   Vec<C> sum[M][kVectors] = {};
   for (int64_t r = 0; r < ranks; ++r) {

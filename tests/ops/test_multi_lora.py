@@ -87,13 +87,12 @@ def test_adapters_of_different_dtypes():
 def test_each_row_has_the_bits_of_its_adapter_alone(isa):
     """Of the low-rank part: the weight is zero."""
     x, _, _, a, b, _ = make((7, 6, 300), 130, [16, 5, 8], torch.float32)
-    weight = torch.zeros(130, 300)
-    y = multi_lora_linear(x, weight, None, AdapterPools(a, b, [0.5, 2.0, 3.0]), BatchPlan.from_slots(ROW_SLOTS))
+    weight, pools = torch.zeros(130, 300), AdapterPools(a, b, [0.3, 2.1, 3.7])
+    y = multi_lora_linear(x, weight, None, pools, BatchPlan.from_slots(ROW_SLOTS))
     for i, slot in enumerate(ROW_SLOTS):
-        if slot < 0:
-            assert not y[i].any()
-        else:
-            assert torch.equal(y[i], lora_linear(x[i], weight, None, a[slot], b[slot], [0.5, 2.0, 3.0][slot]))
+        alone = multi_lora_linear(x[i : i + 1], weight, None, pools, BatchPlan.from_slots([slot]))
+        assert torch.equal(y[i], alone[0])
+        assert bool(y[i].any()) == (slot >= 0)
 
 
 def test_gradients_of_an_adapter_are_those_of_its_own_rows(isa):
