@@ -69,6 +69,7 @@ _EXPORTS = {
         "get_peft_model",
         "inject_adapter_in_model",
     ),
+    "pylora.model.mixed_batch": ("mixed_training",),
     "pylora.model.peft_model": ("PeftModel",),
     "pylora.model.preparation": (
         "cast_mixed_precision_params",
@@ -149,6 +150,7 @@ if TYPE_CHECKING:  # the same table for type checkers, which cannot read the one
     from pylora.model.mapping import get_peft_config as get_peft_config
     from pylora.model.mapping import get_peft_model as get_peft_model
     from pylora.model.mapping import inject_adapter_in_model as inject_adapter_in_model
+    from pylora.model.mixed_batch import mixed_training as mixed_training
     from pylora.model.peft_model import PeftModel as PeftModel
     from pylora.model.preparation import cast_mixed_precision_params as cast_mixed_precision_params
     from pylora.model.preparation import prepare_model_for_kbit_training as prepare_model_for_kbit_training

@@ -336,5 +336,3 @@ class LoraLayer(BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if any(self.use_dora.get(name, False) for name in adapter_names if name != "__base__"):
-            raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")

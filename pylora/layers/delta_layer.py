@@ -19,6 +19,7 @@ from pylora.layers.merging import (
     unmerge_from_base,
     unmerged_values,
 )
+from pylora.layers.row_names import RowNames
 
 
 def _merged_key(adapter_name: str) -> str:
@@ -87,7 +88,7 @@ class DeltaLayer(nn.Module, LoraLayer):
             **kwargs: For the base layer, except `adapter_names`: one adapter name, or "__base__", for each row of x.
 
         Raises:
-            ValueError: `adapter_names` has another length than x, names a DoRA adapter, or the layer is merged.
+            ValueError: `adapter_names` has another length than x, or the layer is merged.
         """
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
@@ -117,11 +118,12 @@ class DeltaLayer(nn.Module, LoraLayer):
     ) -> torch.Tensor:
         """A batch whose rows belong to different adapters: row i gets adapter_names[i], or none if that is not here."""
         variant_kwargs = {key: kwargs.pop(key, None) for key in VARIANT_KWARG_KEYS}
-        result = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if not self._has_adapter(name):
+        rows_of_names = RowNames.of(adapter_names)
+        fused = None if args or kwargs else self._fused_mixed_batch(x, rows_of_names)
+        result, done = (self.base_layer(x, *args, **kwargs), ()) if fused is None else fused
+        for name, rows in rows_of_names.rows_of.items():
+            if name in done or not self._has_adapter(name):
                 continue
-            rows = [i for i, row_name in enumerate(adapter_names) if row_name == name]
             variant = self.lora_variant.get(name)
             if variant is None:
                 result[rows] += self._adapter_output(name, x[rows]).to(result.dtype)
@@ -130,6 +132,10 @@ class DeltaLayer(nn.Module, LoraLayer):
             output = variant.forward(self, active_adapter=name, x=x[rows], result=result[rows], **for_rows, **kwargs)
             result[rows] = output.to(result.dtype)
         return result
+
+    def _fused_mixed_batch(self, x: torch.Tensor, names: RowNames) -> tuple[torch.Tensor, tuple[str, ...]] | None:
+        """The base layer's output with some adapters' added, and those adapters; None where no op serves the layer."""
+        return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' deltas to the base weight (and, with `lora_bias`, to the base bias), in place.

@@ -7,6 +7,7 @@ optimizer or FSDP may exchange or rewrite them at any time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +85,7 @@ class FusedModules:
 
     __slots__ = ("_active", "_adapters", "_base", "_base_params", "_containers", "_dicts", "_hooks", "_transposed")
 
-    def __init__(self, layer: Any, base: nn.Module, adapters: list[_Adapter]) -> None:
-        active = layer._active_adapter
+    def __init__(self, layer: Any, base: nn.Module, adapters: list[_Adapter], active: str | Sequence[str]) -> None:
         self._active = active if type(active) is str else list(active)
         self._base = base
         self._base_params = base._parameters
@@ -101,13 +101,18 @@ class FusedModules:
         return type(None), ()
 
     @classmethod
-    def of(cls, layer: Any) -> FusedModules | None:
-        """Those of the layer as it is now, or None where one has to be called, or no adapter is active."""
+    def of(cls, layer: Any, names: Sequence[str] | None = None) -> FusedModules | None:
+        """Those of the layer as it is now, or None where one has to be called, or no adapter is active.
+
+        Args:
+            layer: A dense layer.
+            names: Adapters that are asked for in place of the active ones.
+        """
         modules = layer._modules
         base = modules["base_layer"]
         if (type(base) is not nn.Linear and type(base) is not conv1d_class()) or _is_hooked(base):
             return None
-        active = layer._active_adapter
+        active = layer._active_adapter if names is None else names
         adapters = []
         for name in (active,) if type(active) is str else active:
             if name in modules["lora_A"]._modules:
@@ -115,14 +120,14 @@ class FusedModules:
                 if adapter is None:
                     return None
                 adapters.append(adapter)
-        return cls(layer, base, adapters) if adapters else None
+        return cls(layer, base, adapters, active) if adapters else None
 
-    def holds(self, layer: Any) -> bool:
-        """Whether `of(layer)` would find the same."""
+    def holds(self, layer: Any, names: Sequence[str] | None = None) -> bool:
+        """Whether `of(layer, names)` would find the same."""
         modules = layer._modules
         a_modules, b_modules, dropouts = self._containers
         if (
-            layer._active_adapter != self._active
+            (layer._active_adapter if names is None else list(names)) != self._active
             or modules["base_layer"] is not self._base
             or modules["lora_A"]._modules is not a_modules
             or modules["lora_B"]._modules is not b_modules

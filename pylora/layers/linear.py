@@ -12,7 +12,8 @@ from pylora.layers.base_weight import DenseBaseWeight, is_conv1d
 from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.fused import FusedModules, calls_are_observed
 from pylora.layers.registry import register_layer
-from pylora.ops import lora_add, lora_linear
+from pylora.layers.row_names import RowNames
+from pylora.ops import AdapterPools, lora_add, lora_linear, multi_lora_linear
 
 
 class Linear(DeltaLayer):
@@ -46,6 +47,7 @@ class Linear(DeltaLayer):
         super().__init__(base_layer, **kwargs)
         self.fan_in_fan_out = config.fan_in_fan_out
         self._fused_modules: FusedModules | None = None
+        self._fused_mixed_modules: FusedModules | None = None
         self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
@@ -59,7 +61,7 @@ class Linear(DeltaLayer):
             **kwargs: For the base layer, except `adapter_names`: one adapter name, or "__base__", for each row of x.
 
         Raises:
-            ValueError: `adapter_names` has another length than x, names a DoRA adapter, or the layer is merged.
+            ValueError: `adapter_names` has another length than x, or the layer is merged.
         """
         if not args and not kwargs and not self._disable_adapters and not self.merged_adapters:
             result = self._fused_forward(x)
@@ -94,6 +96,25 @@ class Linear(DeltaLayer):
         for _, a, b, scaling, p in terms[1:]:
             result = lora_add(result, x, a, b, scaling, p)
         return result
+
+    def _fused_mixed_batch(self, x: torch.Tensor, names: RowNames) -> tuple[torch.Tensor, tuple[str, ...]] | None:
+        here, variants = self._modules["lora_A"]._modules, self.lora_variant  # type: ignore[union-attr]
+        served = tuple(name for name in names.rows_of if name in here and name not in variants)
+        if not served or calls_are_observed() or x.shape[-1:] != (self.in_features,):
+            return None
+        compiling = torch.compiler.is_compiling()
+        modules = None if compiling else self._fused_mixed_modules
+        if modules is None or not modules.holds(self, served):
+            modules = FusedModules.of(self, served)
+            if not compiling:
+                self._fused_mixed_modules = modules
+        operands = None if modules is None else modules.read(self, x)
+        if operands is None:
+            return None
+        weight, bias, terms = operands
+        _, a, b, scalings, dropout_p = zip(*terms, strict=True)
+        pools = AdapterPools(a, b, scalings, dropout_p if any(dropout_p) else ())
+        return multi_lora_linear(x, weight, bias, pools, names.plan(served)), served
 
     def _base_weight(self) -> DenseBaseWeight:
         return DenseBaseWeight(self.get_base_layer(), transposed=self.fan_in_fan_out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pylora.layers import LoraLayer, walk
+from pylora.layers.row_names import RowNames
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
 
 
@@ -68,14 +69,55 @@ def adapter_names_passed(
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
     encoder = _encoder(model) if beams > 1 else None
     in_encoder = set(_layers(encoder)) if encoder is not None else set()
-    repeated = [name for name in adapter_names for _ in range(beams)]
+    once = RowNames.of(adapter_names)
+    repeated = RowNames(name for name in adapter_names for _ in range(beams)) if beams > 1 else once
     handles: list[RemovableHandle] = []
     try:
         for layer in _layers(model):
-            names = adapter_names if layer in in_encoder else repeated
+            names = once if layer in in_encoder else repeated
             hook = partial(_insert_adapter_names, adapter_names=names)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def mixed_training(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Inside the context, forwards of the model train several adapters in one batch, each on its own rows.
+
+    Every adapter gets the gradients that its rows alone would give it, with a loss that sums over rows. Dropout drops
+    elements by a row's place in the batch. Which parameters train is not changed: make the adapters active first, with
+    `model.base_model.set_adapter([...])`.
+
+    Args:
+        model: A PeftModel or LoraModel, in training or evaluation mode.
+        adapter_names: An active adapter's name, or "__base__", for each row of the batches inside.
+
+    Raises:
+        ValueError: A name is on no layer, or not active. A layer raises it for a batch of another size, and where
+            adapters are merged.
+
+    With gradient checkpointing call `backward` inside the context too, since blocks are computed again then.
+
+    Example:
+        >>> model.base_model.set_adapter(["french", "german"])
+        >>> with pylora.mixed_training(model, ["french", "german", "german"]):
+        ...     losses = loss_of_each_row(model(**batch))
+        >>> losses.sum().backward()
+    """
+    base_model: Any = model._modules.get("base_model", model)  # a PeftModel's tuner
+    if not hasattr(base_model, "active_adapters") or "model" not in base_model._modules:
+        raise TypeError(f"mixed_training: model: expected a PeftModel or LoraModel, got {type(model).__name__}")
+    names = RowNames(adapter_names)
+    _check_names(base_model.model, names)
+    active = list(base_model.active_adapters)
+    inactive = sorted(set(names) - set(active) - {"__base__"})
+    if inactive:
+        raise ValueError(
+            f"mixed_training: adapter_names: expected active adapters ({', '.join(active)}), got "
+            f"{', '.join(inactive)}; `model.base_model.set_adapter([...])` makes several active"
+        )
+    with adapter_names_passed(base_model.model, False, names):
+        yield
