@@ -77,7 +77,7 @@ def test_gradients_are_those_of_an_adapter_s_own_rows(make_transformer, kind) ->
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model.train()
+    model.train(kind in ("llama", "gpt2"))  # the others have dropout that is no module
     names = ["c", "default", "__base__", "b", "c", "default"]
     inputs = inputs_of(kind, len(names))
     model.base_model.set_adapter(["default", "b", "c"])
