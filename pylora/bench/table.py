@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,22 +27,22 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     if outcome.failure:
         console.print(f"[red]{item.name}: no figures.[/red] {escape(outcome.failure)}")
         return
+    base = f"; base: {item.base}" if item.base else ""
+    console.print(f"\n[bold]{item.name}[/bold]  {escape(item.summary)} [dim]({escape(item.unit + base)})[/dim]")
     console.print(_table(outcome))
     if noisy := [record["case"] for record in outcome.records if _spread(record) > NOISY]:
         console.print(
-            f"[yellow]The samples of {len(noisy)} of {len(outcome.records)} cases lie far apart "
-            f"(median / min above {NOISY}): trust them less.[/yellow]"
+            f"[yellow]{len(noisy)} of {len(outcome.records)} cases have a spread (median / minimum) above {NOISY}: "
+            "something else was running.[/yellow]"
         )
-    console.print()
 
 
 def _table(outcome: Outcome) -> Table:
-    item, records = outcome.benchmark, outcome.records
+    records = outcome.records
     names = provider_names(records)
     divisor = "base" if "base" in names else "peft"
     divided = [name for name in names if name != divisor and divisor in names]
-    base = f"; base: {item.base}" if item.base else ""
-    table = Table(title=escape(f"{item.name}: {item.summary} ({item.unit}{base})"), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
@@ -49,8 +50,8 @@ def _table(outcome: Outcome) -> Table:
         table.add_column(f"{name} / {divisor}", justify="right", style="bold" if name == "pylora" else None)
     floor = any("floor" in record for record in records)
     if floor:
-        table.add_column("floor / base", justify="right")
-    table.add_column("median / min", justify="right")
+        table.add_column("floor", justify="right")
+    table.add_column("spread", justify="right")
     for record in records:
         row = [record["case"]]
         row += [_number(record["figures"].get(name, {}).get("min")) for name in names]

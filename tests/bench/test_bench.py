@@ -183,6 +183,11 @@ def test_cost_of_a_small_product_counted_by_hand():
     assert lora_cost.backward(2, 3, 4, 5).flops == 48 + 280
 
 
+def test_floor_by_operations_of_a_training_step():
+    step, base = lora_cost.train(512, 2048, 2048, 16), lora_cost.train(512, 2048, 2048, 0)
+    assert step.flops / base.flops == pytest.approx(1 + 1.5 * 16 * 4096 / 2048**2)
+
+
 def test_floor_takes_the_cache_for_what_fits_it():
     assert LIMITS.milliseconds(Cost(0, 50_000)) == pytest.approx(1e-3)
     assert LIMITS.milliseconds(Cost(0, 10**12)) == pytest.approx(10**12 / 10 / 1e6)
