@@ -15,6 +15,7 @@
 #include "dora/kept_norms.h"
 #include "lanczos/call.h"
 #include "lora/call.h"
+#include "merge/call.h"
 #include "multi_lora/multi_lora.h"
 #include "select/call.h"
 #include "sgmv/call.h"
@@ -113,4 +114,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("bgmv_shrink", &bgmv::eager_shrink, no_gil);
   m.def("bgmv_expand_", &bgmv::eager_expand, no_gil);
   m.def("multi_lora_linear", &multi_lora::eager_linear, no_gil);
+  m.def("merge_", &merge::call_merge, arg("w"), arg("a"), arg("b"), arg("scalings"), arg("row_scales"), arg("log"),
+        no_gil);
+  m.def("unmerge_", &merge::call_unmerge, arg("w"), arg("a"), arg("b"), arg("scalings"), arg("row_scales"), arg("log"),
+        no_gil);
+  m.def("swap_", &merge::call_swap, arg("w"), arg("old_a"), arg("old_b"), arg("old_scalings"), arg("old_row_scales"),
+        arg("old_log"), arg("a"), arg("b"), arg("scalings"), arg("row_scales"), arg("log"), no_gil);
+  m.def("merge_is_finite", &merge::call_is_finite, arg("w"), arg("a"), arg("b"), arg("scalings"), arg("row_scales"),
+        no_gil);
 }

@@ -162,3 +162,39 @@ def multi_lora_linear(
     slots: Tensor,
     /,
 ) -> Tensor: ...
+def merge_(
+    w: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    row_scales: Sequence[Tensor | None],
+    log: bool,
+) -> Tensor: ...
+def unmerge_(
+    w: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    row_scales: Sequence[Tensor | None],
+    log: Tensor | None,
+) -> None: ...
+def swap_(
+    w: Tensor,
+    old_a: Sequence[Tensor],
+    old_b: Sequence[Tensor],
+    old_scalings: Sequence[float],
+    old_row_scales: Sequence[Tensor | None],
+    old_log: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    row_scales: Sequence[Tensor | None],
+    log: bool,
+) -> Tensor: ...
+def merge_is_finite(
+    w: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    row_scales: Sequence[Tensor | None],
+) -> bool: ...

@@ -59,6 +59,7 @@ _EXPORTS = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
+    "pylora.layers.undo": ("merge_log_bytes",),
     "pylora.layers.variants.dora_cache": ("DoraCaching", "invalidate"),
     "pylora.model.conversion": ("convert_to_lora", "save_as_lora"),
     "pylora.model.lora_model": ("LoraModel",),
@@ -133,6 +134,7 @@ if TYPE_CHECKING:  # the same table for type checkers, which cannot read the one
     from pylora.errors import PeftWarning as PeftWarning
     from pylora.errors import PyloraBuildError as PyloraBuildError
     from pylora.errors import UnsupportedFeatureError as UnsupportedFeatureError
+    from pylora.layers.undo import merge_log_bytes as merge_log_bytes
     from pylora.layers.variants.dora_cache import DoraCaching as DoraCaching
     from pylora.layers.variants.dora_cache import invalidate as invalidate
     from pylora.model.auto import AutoPeftModel as AutoPeftModel

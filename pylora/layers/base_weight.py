@@ -44,6 +44,10 @@ class BaseWeight(Protocol):
         """W as a dense [out_features, in_features] tensor in `dtype`; it may alias the storage and is not written."""
         ...
 
+    def storage(self) -> torch.Tensor | None:
+        """W as [out_features, in_features] where it is stored, to be changed in place; None if that cannot be."""
+        ...
+
     def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view as [out_features, in_features] of a tensor that is laid out as the layer stores its weight."""
         ...
@@ -87,6 +91,12 @@ class DenseBaseWeight:
 
     def read(self) -> torch.Tensor:
         return as_it_will_be(self._tensor, self.as_matrix(self._tensor.detach()))
+
+    def storage(self) -> torch.Tensor | None:
+        # Detached, it still shares the version counter. Not while an initialisation is to change the weight later.
+        stored = self.as_matrix(self._tensor.detach())
+        in_place = stored.data_ptr() == self._tensor.data_ptr() and self.read().data_ptr() == stored.data_ptr()
+        return stored if in_place else None
 
     def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.mT if self._transposed else tensor

@@ -10,20 +10,9 @@ from torch import nn
 
 from pylora.layers.base import VARIANT_KWARG_KEYS, LoraLayer
 from pylora.layers.base_weight import BaseWeight
-from pylora.layers.merging import (
-    Delta,
-    MergedValues,
-    check_adapters_to_merge,
-    merge_into_base,
-    merged_values,
-    unmerge_from_base,
-    unmerged_values,
-)
+from pylora.layers.merging import Delta, MergedValues, check_adapters_to_merge
 from pylora.layers.row_names import RowNames
-
-
-def _merged_key(adapter_name: str) -> str:
-    return f"merged_delta.{adapter_name}"
+from pylora.layers.undo import MergeRecord, check_merge_into_base, merge_into_base, unmerge_from_base, without
 
 
 class AdaptedWeight(torch.Tensor):
@@ -46,6 +35,8 @@ class DeltaLayer(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer, **kwargs)
         # Whether the module around this one may compute from `weight` instead of calling it.
         self._parent_reads_weight = False
+        # What the base weight holds, the last merge at the end.
+        self._merge_records: list[MergeRecord] = []
 
     @property
     def weight(self) -> torch.Tensor:
@@ -154,9 +145,9 @@ class DeltaLayer(nn.Module, LoraLayer):
             return
         self._require_mergeable(names, safe_merge)
         deltas = self._deltas(names)
-        merge_into_base(self._base_weight(), self._base_bias(), deltas, safe_merge)
-        # Kept, as the factors may change while merged, and what a variant makes of the unmerged weight is out of reach.
-        self._caches.update({_merged_key(delta.adapter_name): delta.snapshot() for delta in deltas})
+        record = merge_into_base(self._base_weight(), self._base_bias(), deltas, safe_merge)
+        if record is not None:
+            self._merge_records.append(record)
         for name in names:  # one weight holds the delta for all that share it
             for layer in self._sharing(name):
                 layer.merged_adapters.append(name)
@@ -179,7 +170,7 @@ class DeltaLayer(nn.Module, LoraLayer):
             self._require_mergeable(names, safe_merge)
             weight = self._base_weight()
             if safe_merge:
-                merged_values(weight, self._base_bias(), self._deltas(names), safe_merge=True)
+                check_merge_into_base(weight, self._base_bias(), self._deltas(names))
 
     def _require_mergeable(self, names: list[str], safe_merge: bool) -> None:
         for name in names:
@@ -192,35 +183,41 @@ class DeltaLayer(nn.Module, LoraLayer):
                 raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
 
     def unmerge(self) -> None:
-        """Take every merged delta out of the base weight and bias; warns when there is none."""
+        """Take every merged delta out of the base weight and bias, the last first; warns when there is none.
+
+        A weight that was on the CPU when it was merged gets the bits that it had before. One whose dtype has changed
+        since then has the deltas subtracted, with a `PeftWarning`.
+
+        Raises:
+            ValueError: The base weight has been changed since the merge. Nothing is changed then.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         partners = [layer for name in self.merged_adapters for layer in self._sharing(name)]
-        for layer in dict.fromkeys([self, *partners]):
-            layer._unmerge_alone()
+        layers = list(dict.fromkeys([self, *partners]))
+        merges = [(record, layer) for layer in layers for record in layer._merge_records]
+        for record, owner in sorted(merges, key=lambda merge: merge[0].order, reverse=True):
+            unmerge_from_base(owner._base_weight(), owner._base_bias(), record)
+            owner._merge_records.remove(record)
+        for layer in layers:
+            layer.merged_adapters.clear()
 
-    def _unmerge_alone(self) -> None:
-        deltas = self._merged_deltas()
-        if deltas:
-            unmerge_from_base(self._base_weight(), self._base_bias(), deltas)
-        for name in self.merged_adapters:
-            self._caches.pop(_merged_key(name), None)
-        self.merged_adapters.clear()
+    def drop_merge_log(self) -> None:
+        """Forget how to undo merges bit for bit: `unmerge` then subtracts, whatever the base weight is by then."""
+        for record in self._merge_records:
+            record.log = None
 
     def _unmerged(self) -> MergedValues:
         """The base weight, [out, in], and bias without the merged adapters; views of them where none changed them."""
         weight, bias = self._base_weight(), self._base_bias()
-        deltas = self._merged_deltas()
-        if not deltas:
+        if not self._merge_records:
             return MergedValues(weight.read(), bias)
-        values = unmerged_values(weight, bias, deltas)
-        return values if values.bias is not None else values._replace(bias=bias)
+        return MergedValues(*without(weight, bias, self._merge_records[::-1]))
 
     def _merged_deltas(self) -> list[Delta]:
         """What the base weight holds, the last merged first."""
-        deltas = (self._caches.get(_merged_key(name)) for name in reversed(self.merged_adapters))
-        return [delta for delta in deltas if delta is not None]
+        return [delta for record in reversed(self._merge_records) for delta in reversed(record.deltas)]
 
     def _deltas(self, names: list[str]) -> list[Delta]:
         """What merging the adapters, which are not merged, does."""

@@ -1,4 +1,4 @@
-"""Merging into and unmerging from the base weight, in plain torch.
+"""Merging into and unmerging from the base weight, in plain torch: what the op of `undo.py` does not serve.
 
 Numerics: W + delta_1 + ... + delta_n is summed in f32 (f64 for an f64 weight) and rounded once to W's dtype; a delta
 with a row scale multiplies what is there with it. Everything is computed before the first write.
@@ -138,7 +138,12 @@ def _wide_bias(bias: torch.Tensor | None, deltas: list[Delta]) -> torch.Tensor |
 
 
 def _require_finite(tensor: torch.Tensor, adapter_name: str) -> None:
-    if not torch.isfinite(tensor).all():
+    check_finite(bool(torch.isfinite(tensor).all()), adapter_name)
+
+
+def check_finite(finite: bool, adapter_name: str) -> None:
+    """Raise the error of `safe_merge` unless the values are finite."""
+    if not finite:
         raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
 
 
@@ -156,52 +161,50 @@ def merged_values(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[De
         ValueError: `safe_merge` and a value is NaN or infinite; the message names the adapter that made it so.
     """
     total = wide_copy(weight.read())
-    total_bias = _wide_bias(bias, deltas)
     for delta in deltas:
         add_delta(total, delta)
         if safe_merge:
             _require_finite(total.to(weight.dtype), delta.adapter_name)
-        if total_bias is not None and bias is not None:
-            total_bias = _changed_bias(total_bias, delta)
-            if safe_merge:
-                _require_finite(total_bias.to(bias.dtype), delta.adapter_name)
-    return MergedValues(total.to(weight.dtype), total_bias)
+    return MergedValues(total.to(weight.dtype), changed_bias(bias, deltas, safe_merge))
 
 
 @torch.no_grad()
-def merge_into_base(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[Delta], safe_merge: bool) -> None:
-    """Add the deltas to the base weight and bias; see `merged_values` for numerics and errors."""
-    values = merged_values(weight, bias, deltas, safe_merge)
-    weight.write(values.weight)
-    if values.bias is not None and bias is not None:
-        bias.copy_(values.bias)
+def changed_bias(bias: torch.Tensor | None, deltas: list[Delta], safe_merge: bool) -> torch.Tensor | None:
+    """The bias, wide, with all deltas put in; None where none concerns it. Errors as `merged_values`."""
+    total = _wide_bias(bias, deltas)
+    if total is None or bias is None:
+        return None
+    for delta in deltas:
+        total = _changed_bias(total, delta)
+        if safe_merge:
+            _require_finite(total.to(bias.dtype), delta.adapter_name)
+    return total
 
 
 @torch.no_grad()
-def unmerged_values(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[Delta]) -> MergedValues:
+def unmerged_values(weight: BaseWeight | torch.Tensor, bias: torch.Tensor | None, deltas: list[Delta]) -> MergedValues:
     """The weight, [out, in], and bias as they were before the deltas, not rounded; nothing is written.
 
     Args:
-        weight: The base weight.
+        weight: The base weight, or its values.
         bias: The base layer's bias, if it has one.
-        deltas: What `merge_into_base` added, the last first.
+        deltas: What a merge added, the last first.
     """
-    total = wide_copy(weight.read())
-    total_bias = _wide_bias(bias, deltas)
+    total = wide_copy(weight if isinstance(weight, torch.Tensor) else weight.read())
     for delta in deltas:
         take_out_delta(total, delta)
-        if total_bias is not None:
-            total_bias = _unchanged_bias(total_bias, delta)
     for delta in deltas:
         if delta.row_scale is not None:
             total[delta.row_scale.lost] = delta.row_scale.lost_rows.to(total)
-    return MergedValues(total, total_bias)
+    return MergedValues(total, unchanged_bias(bias, deltas))
 
 
 @torch.no_grad()
-def unmerge_from_base(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[Delta]) -> None:
-    """Take out the deltas that `merge_into_base` added, the last first; exact up to one rounding of each weight."""
-    values = unmerged_values(weight, bias, deltas)
-    weight.write(values.weight)
-    if values.bias is not None and bias is not None:
-        bias.copy_(values.bias)
+def unchanged_bias(bias: torch.Tensor | None, deltas: list[Delta]) -> torch.Tensor | None:
+    """The bias, wide, with these deltas taken out, the first one first; None where none concerns it."""
+    total = _wide_bias(bias, deltas)
+    if total is None:
+        return None
+    for delta in deltas:
+        total = _unchanged_bias(total, delta)
+    return total

@@ -14,6 +14,7 @@ from torch import nn
 
 from pylora.config import PeftConfig
 from pylora.layers import BaseTunerLayer, tuner_layers, walk
+from pylora.layers.undo import for_good
 from pylora.model import lifecycle
 from pylora.model.alora import alora_offsets_passed
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
@@ -261,7 +262,7 @@ class BaseTuner(nn.Module, ABC):
 
     def unmerge_adapter(self) -> None:
         """Take all merged deltas out of the base weights; warns for layers that hold none."""
-        for layer in tuner_layers(self.model):
+        for layer in reversed(list(tuner_layers(self.model))):  # layers may share a weight: the last merge goes first
             if layer.merged or not getattr(layer, "_tied_layers", None):
                 layer.unmerge()
 
@@ -307,14 +308,8 @@ class BaseTuner(nn.Module, ABC):
             progress = tqdm(total=len(sites), desc=f"Unloading {'and merging ' if merge else ''}model")
         while sites:
             _, module, parent, child_name = sites.pop()
-            if hasattr(module, "unload_and_optionally_merge_module"):
-                replacement = module.unload_and_optionally_merge_module(
-                    merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
-                )
-            else:
-                if merge:
-                    _merge(module, safe_merge, adapter_names)
-                replacement = module.get_base_layer()
+            with for_good():
+                replacement = _unload(module, merge, safe_merge, adapter_names)
             setattr(parent, child_name, replacement)
             sites.extend(_wrappers(replacement))
             if progress is not None:
@@ -346,6 +341,17 @@ def _merge(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> Non
     done = getattr(layer, "is_merged_by_partner", None)
     if done is None or not done(adapter_names):
         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+def _unload(module: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    """What takes the place of a tuner layer or wrapper."""
+    if hasattr(module, "unload_and_optionally_merge_module"):
+        return module.unload_and_optionally_merge_module(
+            merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+    if merge:
+        _merge(module, safe_merge, adapter_names)
+    return module.get_base_layer()
 
 
 def _wrappers(root: nn.Module) -> list[Any]:

@@ -4,6 +4,7 @@ from pylora.ops.bgmv import bgmv_, bgmv_expand_, bgmv_shrink
 from pylora.ops.dora import KeptNorms, dora_linear, dora_linear_norms, dora_row_norms, dora_row_squares
 from pylora.ops.lanczos import bidiagonalise_, ritz_residuals
 from pylora.ops.lora import draw_rng, lora_add, lora_dropout, lora_linear
+from pylora.ops.merge import merge_, merge_is_finite, swap_, unmerge_
 from pylora.ops.multi_lora import AdapterPools, multi_lora_linear
 from pylora.ops.plan import BatchPlan
 from pylora.ops.select import keep_largest
@@ -26,9 +27,13 @@ __all__ = [
     "lora_add",
     "lora_dropout",
     "lora_linear",
+    "merge_",
+    "merge_is_finite",
     "multi_lora_linear",
     "ritz_residuals",
     "sgmv_",
     "sgmv_expand_",
     "sgmv_shrink",
+    "swap_",
+    "unmerge_",
 ]
