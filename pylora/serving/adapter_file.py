@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pylora.checkpoint import load_peft_weights
+from pylora.checkpoint.files import find_weights
 from pylora.checkpoint.keys import MODEL_PREFIX
 from pylora.config import PeftConfig, pattern_value, require_supported, scaling_for
 from pylora.config.support import as_trained
 from pylora.errors import UnsupportedFeatureError
-from pylora.serving.errors import AdapterFileError, AdapterMismatchError, PoolError
+from pylora.serving.errors import AdapterFileError, AdapterMismatchError
+from pylora.serving.mapped_file import map_safetensors
 from pylora.serving.spec import LayerShape
 
 if TYPE_CHECKING:
@@ -73,15 +75,12 @@ def read_adapter(
     try:
         config = PeftConfig.from_pretrained(folder)
         require_servable(config)
-        tensors = load_peft_weights(folder)
-    except (PoolError, UnsupportedFeatureError):
+        weights = find_weights(folder)
+        tensors = map_safetensors(weights) if weights.suffix == ".safetensors" else load_peft_weights(folder)
+    except UnsupportedFeatureError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise AdapterFileError(f"{os.fspath(folder)!r}: cannot read the adapter: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # its base is Exception itself
-            raise
-        raise AdapterFileError(f"{os.fspath(folder)!r}: broken weights: {error}") from error
     try:
         return _factors(config, tensors, layers, max_rank)
     except AdapterMismatchError as error:

@@ -41,6 +41,7 @@ class Stacks:
     """
 
     def __init__(self, layers: Mapping[str, LayerShape], num_slots: int, max_rank: int, dtype: torch.dtype) -> None:
+        self._itemsize = dtype.itemsize
         self._ranks = torch.zeros(len(layers), num_slots, dtype=torch.int32)
         self._scalings = torch.zeros(len(layers), num_slots)
         self.layers = {
@@ -65,12 +66,18 @@ class Stacks:
             factors = adapter.get(name)
             if factors is None:
                 continue
-            rank = factors.a.shape[0]
-            a, b = stack.a_pool[slot, :rank], stack.b_pool[slot, :rank]
-            a.copy_(factors.a)
-            b.copy_(factors.b.t())
+            rank, width = factors.a.shape
+            outputs = factors.b.shape[0]
+            # as_strided: one call where indexing and slicing are two, and there are hundreds of them in a load
+            _rows(stack.a_pool, slot, rank, width).copy_(factors.a)
+            _rows(stack.b_pool, slot, rank, outputs).copy_(factors.b.t())
             ranks[row], scalings[row] = rank, factors.scaling
-            written += (a.numel() + b.numel()) * a.element_size()
+            written += rank * (width + outputs)
         self._ranks[:, slot] = torch.tensor(ranks, dtype=torch.int32)
         self._scalings[:, slot] = torch.tensor(scalings)
-        return written
+        return written * self._itemsize
+
+
+def _rows(pool: Tensor, slot: int, rank: int, width: int) -> Tensor:
+    """`pool[slot, :rank]`"""
+    return pool.as_strided((rank, width), (width, 1), slot * pool.stride(0))
