@@ -1,5 +1,6 @@
 """Serving many adapters on one base model: a pool of slots, and a runtime that mixes adapters in a batch."""
 
+from pylora.serving.attach import AttachedPool
 from pylora.serving.errors import (
     AdapterFileError,
     AdapterInUseError,
@@ -10,6 +11,7 @@ from pylora.serving.errors import (
 )
 from pylora.serving.metrics import LoadTimes, PoolStats
 from pylora.serving.pool import BASE, AdapterPool
+from pylora.serving.runtime import Answer, Request, ServingRuntime, Token
 from pylora.serving.spec import LayerShape, PoolSpec
 
 __all__ = [
@@ -18,11 +20,16 @@ __all__ = [
     "AdapterInUseError",
     "AdapterMismatchError",
     "AdapterPool",
+    "Answer",
+    "AttachedPool",
     "LayerShape",
     "LoadTimes",
     "NoFreeSlotError",
     "PoolError",
     "PoolSpec",
     "PoolStats",
+    "Request",
+    "ServingRuntime",
+    "Token",
     "UnknownAdapterError",
 ]

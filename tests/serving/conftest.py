@@ -51,3 +51,9 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def fresh_llama() -> Callable[[], Any]:
+    """Builds that Llama, for tests that need one more."""
+    return tiny_llama

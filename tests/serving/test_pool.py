@@ -200,8 +200,8 @@ A_KEY = f"base_model.model.{Q0}.lora_A.weight"
         ),
         (
             lambda f: edit_weights(f, lambda t: t.update({A_KEY: torch.zeros(4, 16, dtype=torch.int8)})),
-            AdapterMismatchError,
-            "expected floating point numbers, got torch.int8",
+            AdapterFileError,
+            "expected one of the dtypes F64, F32, F16, BF16, got I8",
         ),
         (lambda f: (f / "adapter_config.json").unlink(), AdapterFileError, "Can't find 'adapter_config.json'"),
         (lambda f: (f / "adapter_config.json").write_text("{"), AdapterFileError, "cannot read the adapter"),
