@@ -20,50 +20,30 @@ from pylora.layers.base_weight import conv1d_class
 # Dtypes the ops compute in; a base weight of another one (quantised) goes through its module.
 _OP_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
+_CONTAINERS = ("lora_A", "lora_B", "lora_dropout")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Term(NamedTuple):
-    """One adapter as the ops take it.
-
-    Attributes:
-        name: The adapter.
-        a: [rank, in_features].
-        b: [out_features, rank], a's dtype.
-        scaling: A number.
-        dropout_p: 0 in evaluation.
-    """
-
-    name: str
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-    dropout_p: float
-
-
 class Operands(NamedTuple):
-    """A forward's tensors.
+    """A forward's tensors; the adapters' in columns, which costs a third of one object an adapter.
 
     Attributes:
         weight: [out_features, in_features], any strides.
         bias: [out_features] or None.
-        terms: The active adapters, at least one.
+        names: The adapters, at least one.
+        a: Their A, [rank, in_features].
+        b: Their B, [out_features, rank], each of its A's dtype.
+        scalings: Numbers.
+        dropout_ps: 0 in evaluation.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    terms: list[Term]
-
-
-class _Adapter(NamedTuple):
-    """The modules of an active adapter, and the dictionaries that hold their tensors."""
-
-    name: str
-    a: nn.Module
-    b: nn.Module
-    dropout: nn.Module
-    a_params: dict[str, Any]
-    b_params: dict[str, Any]
+    names: tuple[str, ...]
+    a: list[torch.Tensor]
+    b: list[torch.Tensor]
+    scalings: list[float]
+    dropout_ps: list[float]
 
 
 def calls_are_observed() -> bool:
@@ -83,17 +63,34 @@ class FusedModules:
     Holds no reference to the layer, which would make a cycle of it. Copies and pickles of a layer go without.
     """
 
-    __slots__ = ("_active", "_adapters", "_base", "_base_params", "_containers", "_dicts", "_hooks", "_transposed")
+    __slots__ = (
+        "_a",
+        "_a_params",
+        "_active",
+        "_b",
+        "_b_params",
+        "_base",
+        "_base_params",
+        "_containers",
+        "_dicts",
+        "_dropouts",
+        "_hooks",
+        "_names",
+        "_transposed",
+    )
 
-    def __init__(self, layer: Any, base: nn.Module, adapters: list[_Adapter], active: str | Sequence[str]) -> None:
+    def __init__(self, layer: Any, base: nn.Module, names: Sequence[str], active: str | Sequence[str]) -> None:
         self._active = active if type(active) is str else list(active)
         self._base = base
         self._base_params = base._parameters
         self._transposed = type(base) is not nn.Linear
-        self._adapters = tuple(adapters)
+        self._names = tuple(names)
         modules = layer._modules
-        self._containers = tuple(modules[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
-        watched = [base, *(module for each in adapters for module in (each.a, each.b, each.dropout))]
+        self._containers = tuple(modules[name]._modules for name in _CONTAINERS)
+        self._a, self._b, self._dropouts = ([each[name] for name in names] for each in self._containers)
+        self._a_params = [module._parameters for module in self._a]
+        self._b_params = [module._parameters for module in self._b]
+        watched = [base, *self._a, *self._b, *self._dropouts]
         self._dicts = tuple(module.__dict__ for module in watched)
         self._hooks = tuple(module.__dict__[name] for module in watched for name in _HOOKS)
 
@@ -113,14 +110,11 @@ class FusedModules:
         if (type(base) is not nn.Linear and type(base) is not conv1d_class()) or _is_hooked(base):
             return None
         active = layer._active_adapter if names is None else names
-        adapters = []
-        for name in (active,) if type(active) is str else active:
-            if name in modules["lora_A"]._modules:
-                adapter = _plain_adapter(modules, name)
-                if adapter is None:
-                    return None
-                adapters.append(adapter)
-        return cls(layer, base, adapters, active) if adapters else None
+        here = modules["lora_A"]._modules
+        found = [name for name in ((active,) if type(active) is str else active) if name in here]
+        if not found or not all(_is_plain(modules, name) for name in found):
+            return None
+        return cls(layer, base, found, active)
 
     def holds(self, layer: Any, names: Sequence[str] | None = None) -> bool:
         """Whether `of(layer, names)` would find the same."""
@@ -135,14 +129,13 @@ class FusedModules:
             or any(self._hooks)
         ):
             return False
-        for each in self._adapters:
-            name = each.name
-            if (
-                a_modules.get(name) is not each.a
-                or b_modules.get(name) is not each.b
-                or dropouts.get(name) is not each.dropout
-            ):
-                return False
+        names = self._names
+        if (  # lists of modules are compared by identity
+            list(map(a_modules.get, names)) != self._a
+            or list(map(b_modules.get, names)) != self._b
+            or list(map(dropouts.get, names)) != self._dropouts
+        ):
+            return False
         for attributes in self._dicts:  # noqa: SIM110 (a generator costs as much again)
             if "forward" in attributes:
                 return False
@@ -158,13 +151,48 @@ class FusedModules:
         dtype = weight.dtype
         if dtype not in _OP_DTYPES or (x.dtype is not dtype and not _autocast_matches(x.dtype, dtype)):
             return None
-        terms = []
-        for adapter in self._adapters:
-            term = _read_term(layer, adapter, dtype)
-            if term is None:
+        factors = self._read_factors(dtype, layer.cast_input_dtype_enabled)
+        dropout_ps = self._read_dropouts()
+        if factors is None or dropout_ps is None:
+            return None
+        a, b = factors
+        table = layer.scaling
+        scalings = [table[name] for name in self._names]
+        for i, scaling in enumerate(scalings):
+            if type(scaling) is not float and type(scaling) is not int:
+                if type(scaling) is not torch.Tensor or scaling.requires_grad:
+                    return None
+                a[i], b[i], scalings[i] = _take_in(scaling, a[i], b[i])
+        base = weight.t() if self._transposed else weight
+        return Operands(base, self._base_params.get("bias"), self._names, a, b, scalings, dropout_ps)
+
+    def _read_factors(self, base_dtype: torch.dtype, casts: bool) -> tuple[list[Any], list[Any]] | None:
+        """All A and all B."""
+        a: list[Any] = [params.get("weight") for params in self._a_params]
+        b: list[Any] = [params.get("weight") for params in self._b_params]
+        for first, second in zip(a, b, strict=True):
+            if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
                 return None
-            terms.append(term)
-        return Operands(weight.t() if self._transposed else weight, self._base_params.get("bias"), terms)
+            dtype = first.dtype
+            if dtype is not second.dtype:
+                return None
+            if dtype is not base_dtype and (dtype is not torch.float32 or not casts):
+                return None
+        for params in (*self._a_params, *self._b_params):
+            if params.get("bias") is not None:
+                return None
+        return a, b
+
+    def _read_dropouts(self) -> list[float] | None:
+        ps = []
+        for dropout in self._dropouts:
+            if type(dropout) is nn.Identity or not dropout.training:
+                ps.append(0.0)
+            elif dropout.inplace or dropout.p >= 1.0:
+                return None
+            else:
+                ps.append(dropout.p)
+        return ps
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -178,38 +206,12 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _plain_adapter(modules: dict[str, Any], name: str) -> _Adapter | None:
-    """The adapter's modules, or None where one of them is replaced or hooked."""
-    a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    dropout = modules["lora_dropout"]._modules[name]
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or _is_hooked(a) or _is_hooked(b):
-        return None
-    if type(dropout) not in (nn.Identity, nn.Dropout) or _is_hooked(dropout):
-        return None
-    return _Adapter(name, a, b, dropout, a._parameters, b._parameters)
-
-
-def _read_term(layer: Any, adapter: _Adapter, base_dtype: torch.dtype) -> Term | None:
-    a: Any = adapter.a_params.get("weight")
-    b: Any = adapter.b_params.get("weight")
-    if type(a) not in _PLAIN_TENSORS or type(b) not in _PLAIN_TENSORS:
-        return None
-    if adapter.a_params.get("bias") is not None or adapter.b_params.get("bias") is not None:
-        return None
-    dtype = a.dtype
-    if dtype is not b.dtype:
-        return None
-    if dtype is not base_dtype and (dtype is not torch.float32 or not layer.cast_input_dtype_enabled):
-        return None
-    scaling = layer.scaling[adapter.name]
-    if type(scaling) is torch.Tensor and not scaling.requires_grad:
-        a, b, scaling = _take_in(scaling, a, b)
-    elif type(scaling) is not float and type(scaling) is not int:
-        return None
-    dropout: Any = adapter.dropout
-    if type(dropout) is nn.Identity or not dropout.training:
-        return Term(adapter.name, a, b, scaling, 0.0)
-    return None if dropout.inplace or dropout.p >= 1.0 else Term(adapter.name, a, b, scaling, dropout.p)
+def _is_plain(modules: dict[str, Any], name: str) -> bool:
+    """Whether none of the adapter's modules is replaced or hooked."""
+    a, b, dropout = (modules[container]._modules[name] for container in _CONTAINERS)
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
+        return False
+    return not (_is_hooked(a) or _is_hooked(b) or _is_hooked(dropout))
 
 
 def _take_in(scaling: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -81,20 +81,16 @@ class Linear(DeltaLayer):
         # Inputs that do not fit go to the modules too: torch's error is the one that callers know.
         if operands is None or x.shape[-1:] != (self.in_features,):
             return None
-        weight, bias, terms = operands
-        name, a, b, scaling, p = terms[0]
+        weight, bias, names, all_a, all_b, scalings, dropout_ps = operands
+        a, b, scaling, p = all_a[0], all_b[0], scalings[0], dropout_ps[0]
         variants = self.lora_variant
-        if variants:
-            if any(term.name in variants for term in terms[1:]):
+        if variants and not variants.keys().isdisjoint(names):
+            if len(names) > 1:
                 return None
-            variant = variants.get(name)
-            if variant is not None:
-                if len(terms) > 1:
-                    return None
-                return variant.fused_forward(self, name, x, weight, bias, a, b, scaling, p)
+            return variants[names[0]].fused_forward(self, names[0], x, weight, bias, a, b, scaling, p)
         result = lora_linear(x, weight, bias, a, b, scaling, p)
-        for _, a, b, scaling, p in terms[1:]:
-            result = lora_add(result, x, a, b, scaling, p)
+        for i in range(1, len(names)):
+            result = lora_add(result, x, all_a[i], all_b[i], scalings[i], dropout_ps[i])
         return result
 
     def _fused_mixed_batch(self, x: torch.Tensor, names: RowNames) -> tuple[torch.Tensor, tuple[str, ...]] | None:
@@ -111,9 +107,8 @@ class Linear(DeltaLayer):
         operands = None if modules is None else modules.read(self, x)
         if operands is None:
             return None
-        weight, bias, terms = operands
-        _, a, b, scalings, dropout_p = zip(*terms, strict=True)
-        pools = AdapterPools(a, b, scalings, dropout_p if any(dropout_p) else ())
+        weight, bias, _, a, b, scalings, dropout_ps = operands
+        pools = AdapterPools(a, b, scalings, dropout_ps if any(dropout_ps) else ())
         return multi_lora_linear(x, weight, bias, pools, names.plan(served)), served
 
     def _base_weight(self) -> DenseBaseWeight:
