@@ -217,8 +217,9 @@ void shrink(int64_t begin, int64_t end, const SegmentPlan& plan, ConstMatrix x, 
 constexpr int kExpandTokens = 6, kExpandVectors = 2;
 constexpr int64_t kExpandBlockTokens = 48;
 constexpr int64_t kExpandMaxRanks = 512;
-// Elements and columns of a block of the factor: 64 KB of f32.
-constexpr int64_t kExpandBlockElements = 16384, kExpandMaxColumns = 512;
+// Elements and most columns of a block of the factor: 16 KB of f32, so that a transposed block and y stay in L1. Least
+// columns: what a block of many ranks may exceed it by.
+constexpr int64_t kExpandBlockElements = 4096, kExpandMaxColumns = 256, kExpandMinColumns = 32;
 
 /// y += multiplier * scaling * v factor. partial: columns of a last incomplete vector (kVectors = 1), or 0.
 template <class T, int M, int kVectors, bool kPartial>
@@ -268,8 +269,8 @@ constexpr const ExpandTile<T>* kExpandTiles[kExpandTokens] = {kExpandWidths<T, 1
                                                               kExpandWidths<T, 5>, kExpandWidths<T, 6>};
 
 constexpr int64_t expand_columns(int64_t ranks) {
-  const int64_t columns = kExpandBlockElements / ranks / 32 * 32;
-  return columns < 32 ? 32 : min_of(columns, kExpandMaxColumns);
+  const int64_t columns = kExpandBlockElements / ranks / kExpandMinColumns * kExpandMinColumns;
+  return columns < kExpandMinColumns ? kExpandMinColumns : min_of(columns, kExpandMaxColumns);
 }
 
 /// All columns of a block for up to kExpandTokens tokens.
@@ -280,7 +281,12 @@ void expand_columns_of_tokens(int64_t tokens, const Accumulator<T>* const* v, in
   using C = Accumulator<T>;
   constexpr int64_t kWide = kExpandVectors * kLanes<C>;
   const ExpandTile<T>* tile = kExpandTiles<T>[tokens - 1];
-  for (int64_t o = 0; o < columns;) {
+  int64_t o = 0;
+  // Two chains of sums do not hide an FMA's latency: one token takes eight vectors at a time.
+  constexpr int64_t kSingle = 8 * kLanes<C>;
+  for (; tokens == 1 && o + kSingle <= columns; o += kSingle)
+    expand_tile<T, 1, 8, false>(v, ranks, scaling, block, o, multiplier, y, 0);
+  while (o < columns) {
     const int64_t left = columns - o;
     const int form = left >= kWide ? 0 : left >= kLanes<C> ? 1 : 2;
     tile[form](v, ranks, scaling, block, o, multiplier, y, left);
@@ -295,7 +301,7 @@ void expand_tokens(int64_t first, int64_t tokens, const SegmentPlan& plan, const
                    double scaling, const Dropout& dropout, MutableMatrix y, int64_t width) {
   using C = Accumulator<T>;
   const int64_t block_columns = expand_columns(ranks);
-  alignas(64) C factor_buffer[kExpandBlockElements];
+  alignas(64) C factor_buffer[kExpandMaxRanks * kExpandMinColumns];
   alignas(64) C multiplier[kExpandTokens * kExpandMaxColumns];
   for (int64_t c = 0; c < width; c += block_columns) {
     const int64_t columns = min_of(block_columns, width - c);

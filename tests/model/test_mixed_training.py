@@ -288,3 +288,12 @@ def test_plan_is_made_once_for_all_layers(make_transformer, monkeypatch) -> None
     assert len(plans) > 4
     assert len({plan.order.data_ptr() for plan in plans}) == 1
     assert len({id(plan) for plan in plans}) < len(plans)
+
+
+def test_names_may_change_in_place_between_calls() -> None:
+    layer = linear_layer().eval().base_model.model[0]
+    x, names = torch.randn(4, 20), list(NAMES)
+    layer(x, adapter_names=names)
+    names[0] = "default"
+    torch.testing.assert_close(layer(x, adapter_names=names), expected_rows(layer, x, names))
+    torch.testing.assert_close(layer(x, adapter_names=tuple(NAMES)), expected_rows(layer, x, NAMES))
