@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -34,8 +35,10 @@ class RowNames(list[str]):
 
     @classmethod
     def of(cls, names: Iterable[str]) -> RowNames:
-        """`names` itself where it has been sorted already."""
-        return names if isinstance(names, cls) else cls(names)
+        """`names` itself where it has been sorted already; else sorted, or as the same names were a few calls ago."""
+        if isinstance(names, cls):
+            return names
+        return cls(names) if torch.compiler.is_compiling() else _sorted(tuple(names))
 
     def plan(self, served: tuple[str, ...]) -> BatchPlan:
         """The plan for adapters `served`, which have slots in this order; other rows have none. Kept: most layers of a
@@ -47,3 +50,8 @@ class RowNames(list[str]):
             slots = torch.tensor([slot_of.get(name, -1) for name in self.rows_of], dtype=torch.int32)
             plan = self._plans[served] = BatchPlan(self._order, self._indptr, slots)
         return plan
+
+
+@functools.lru_cache(maxsize=8)
+def _sorted(names: tuple[str, ...]) -> RowNames:
+    return RowNames(names)
