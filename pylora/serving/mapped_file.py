@@ -73,7 +73,10 @@ def _entry(value: Any) -> tuple[str, list[int], int, int]:
     for number in (*shape, begin, end):
         if type(number) is not int or number < 0:
             raise ValueError(f"expected a size from 0 on, got {number!r}")
-    return value["dtype"], shape, begin, end
+    dtype = value["dtype"]
+    if type(dtype) is not str:
+        raise TypeError(f"expected the name of a dtype, got {dtype!r}")
+    return dtype, shape, begin, end
 
 
 def _view(views: dict[str, Tensor], key: str, dtype_name: str, shape: list[int], begin: int, end: int) -> Tensor:
