@@ -51,6 +51,8 @@ PackedChange lay_out(const Weight& w, const Change& change, char* base) {
   PackedChange packed;
   packed.rank = total_rank(change);
   packed.by_column = w.transposed;
+  for (int64_t i = 0; i < change.num_adapters; ++i)
+    packed.scaled |= change.adapters[i].row_scale != nullptr;
   packed.left = take(&base, align_up(w.rows * packed.rank * size));
   packed.right = take(&base, align_up(columns * packed.rank * size));
   packed.scale = take(&base, align_up((w.transposed ? columns : w.rows) * size));

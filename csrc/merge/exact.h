@@ -91,6 +91,32 @@ PYLORA_INLINE Vec<Accumulator<T>> to_values(Words<T> words) {
   return load(rounded);
 }
 
+/// Values rounded to T, as bits and as accumulators again. A NaN among them is one_nan's.
+template <class T>
+struct Rounded {
+  Words<T> words;
+  Vec<Accumulator<T>> values;
+};
+
+template <class T>
+PYLORA_INLINE Rounded<T> round_to(Vec<Accumulator<T>> values) {
+  const Words<T> words = to_words<T>(values);
+  return {words, to_values<T>(words)};
+}
+
+#if defined(PYLORA_ISA_AVX2)
+/// Rounding leaves that NaN as it is, so that it needs no case of its own; and the value is there before it is packed.
+template <>
+inline __attribute__((always_inline)) Rounded<bf16> round_to<bf16>(Vec<float> values) {
+  const __m256i bits = (__m256i)values;
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i high = _mm256_srli_epi32(sum, 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  return {(Words<bf16>)packed, (Vec<float>)_mm256_and_si256(sum, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))};
+}
+#endif
+
 /// Bits of T to signed integers in the order of the numbers (-0 just below +0), as unsigned; its own inverse.
 template <class T>
 PYLORA_INLINE Words<T> in_order(Words<T> words) {

@@ -13,6 +13,7 @@ struct PackedChange {
   void* right = nullptr;
   void* scale = nullptr;    // [rows] or [columns]
   void* inverse = nullptr;  // 1 / scale; 0 where that is not finite
+  bool scaled = false;      // some scale is given
   bool by_column = false;   // scale and inverse lie along the columns
 };
 

@@ -182,8 +182,17 @@ struct TileChange {
   Vec<C> sum(int m, int n) const { return load(sums + m * kTile<C> + n * kLanes<C>); }
   Vec<C> at(const C* values, int m, int n) const { return by_column ? load(values + n * kLanes<C>) : splat(values[m]); }
 
-  Vec<C> put_in(Vec<C> value, int m, int n) const { return one_nan(multiply_add(value, at(scale, m, n), sum(m, n))); }
-  Vec<C> take_out(Vec<C> value, int m, int n) const { return one_nan((value - sum(m, n)) * at(inverse, m, n)); }
+  // Multiplying by 1 changes nothing, so that leaving it out does not either.
+  template <bool kScaled>
+  Vec<C> put_in(Vec<C> value, int m, int n) const {
+    if constexpr (!kScaled) return one_nan(value + sum(m, n));
+    return one_nan(multiply_add(value, at(scale, m, n), sum(m, n)));
+  }
+  template <bool kScaled>
+  Vec<C> take_out(Vec<C> value, int m, int n) const {
+    if constexpr (!kScaled) return one_nan(value - sum(m, n));
+    return one_nan((value - sum(m, n)) * at(inverse, m, n));
+  }
 };
 
 /// `from` is a copy of the tile's rows, [rows, kTile], made before the sums are: reading W while writing it would wait,
@@ -199,26 +208,28 @@ struct TileArgs {
 };
 
 /// One tile of W: takes `out` out, then puts `in` in.
-template <class T, bool kOut, bool kRead, bool kIn, bool kWrite>
+template <class T, bool kOut, bool kRead, bool kIn, bool kWrite, bool kScaled>
 void change_tile(const TileArgs<T>& t, const TileChange<Accumulator<T>>& out, const TileChange<Accumulator<T>>& in) {
+  constexpr int kL = kLanes<Accumulator<T>>;
   for (int m = 0; m < t.rows; ++m) {
     for (int n = 0; n < kTileVectors; ++n) {
       Word<T>* residual = nullptr;
-      if constexpr (kRead || kWrite) residual = t.residual + m * t.residual_stride + n * kLanes<Accumulator<T>>;
-      Words<T> words = load_words<T>(t.from + m * kTile<Accumulator<T>> + n * kLanes<Accumulator<T>>);
+      if constexpr (kRead || kWrite) residual = t.residual + m * t.residual_stride + n * kL;
+      Words<T> words = load_words<T>(t.from + m * kTile<Accumulator<T>> + n * kL);
       if constexpr (kOut) {
-        words = to_words<T>(out.take_out(to_values<T>(words), m, n));
+        words = round_to<T>(out.template take_out<kScaled>(to_values<T>(words), m, n)).words;
         if constexpr (kRead) words = in_order<T>(in_order<T>(words) + load_words<T>(residual));
       }
       Words<T> changed = words;
       if constexpr (kIn) {
-        changed = to_words<T>(in.put_in(to_values<T>(words), m, n));
+        const Rounded<T> merged = round_to<T>(in.template put_in<kScaled>(to_values<T>(words), m, n));
+        changed = merged.words;
         if constexpr (kWrite) {
-          const Words<T> back = to_words<T>(in.take_out(to_values<T>(changed), m, n));
+          const Words<T> back = round_to<T>(in.template take_out<kScaled>(merged.values, m, n)).words;
           store_words<T>(residual, in_order<T>(words) - in_order<T>(back));
         }
       }
-      store_words<T>(t.to + m * t.stride + n * kLanes<Accumulator<T>>, changed);
+      store_words<T>(t.to + m * t.stride + n * kL, changed);
     }
   }
 }
@@ -230,7 +241,7 @@ bool is_finite_tile(const TileArgs<T>& t, const TileChange<Accumulator<T>>& in) 
   for (int m = 0; m < t.rows; ++m) {
     for (int n = 0; n < kTileVectors; ++n) {
       const Vec<C> value = load(t.from + m * kTile<C> + n * kLanes<C>);
-      const Vec<C> rounded = to_values<T>(to_words<T>(in.put_in(value, m, n)));
+      const Vec<C> rounded = round_to<T>(in.template put_in<true>(value, m, n)).values;
       zeros += rounded - rounded;
     }
   }
@@ -240,15 +251,21 @@ bool is_finite_tile(const TileArgs<T>& t, const TileChange<Accumulator<T>>& in) 
 template <class T>
 using ChangeTile = void (*)(const TileArgs<T>&, const TileChange<Accumulator<T>>&, const TileChange<Accumulator<T>>&);
 
-template <class T>
+template <class T, bool kScaled>
 ChangeTile<T> change_tile_for(const PanelArgs& p) {
-  if (!p.put_in)
-    return p.read_residual ? change_tile<T, true, true, false, false> : change_tile<T, true, false, false, false>;
-  if (!p.take_out)
-    return p.write_residual ? change_tile<T, false, false, true, true> : change_tile<T, false, false, true, false>;
-  if (p.write_residual)
-    return p.read_residual ? change_tile<T, true, true, true, true> : change_tile<T, true, false, true, true>;
-  return p.read_residual ? change_tile<T, true, true, true, false> : change_tile<T, true, false, true, false>;
+  const bool read = p.read_residual, write = p.write_residual;
+  if (!p.put_in) {
+    return read ? change_tile<T, true, true, false, false, kScaled>
+                : change_tile<T, true, false, false, false, kScaled>;
+  }
+  if (!p.take_out) {
+    return write ? change_tile<T, false, false, true, true, kScaled>
+                 : change_tile<T, false, false, true, false, kScaled>;
+  }
+  if (read) {
+    return write ? change_tile<T, true, true, true, true, kScaled> : change_tile<T, true, true, true, false, kScaled>;
+  }
+  return write ? change_tile<T, true, false, true, true, kScaled> : change_tile<T, true, false, true, false, kScaled>;
 }
 
 // ---- panels ----
@@ -266,6 +283,7 @@ bool for_tiles(const PanelArgs& p, int64_t row0, int64_t row1, int64_t column0, 
   constexpr int64_t kWide = kTile<Accumulator<T>>;
   T* w = static_cast<T*>(p.w);
   Word<T>* residuals = static_cast<Word<T>*>(p.residual);
+  constexpr int64_t kAhead = 512 / sizeof(T);
   alignas(64) T values[kTileRows * kWide];
   alignas(64) Word<T> words[kTileRows * kWide];
   for (int64_t tile = column0 / kWide; tile * kWide < column1; ++tile) {
@@ -276,8 +294,10 @@ bool for_tiles(const PanelArgs& p, int64_t row0, int64_t row1, int64_t column0, 
       T* to = w + row * p.row_stride + begin;
       Word<T>* residual = residuals ? residuals + (row * p.columns + begin - p.first) : nullptr;
       if (end - begin == kWide) {
-        for (int m = 0; m < rows; ++m)
+        for (int m = 0; m < rows; ++m) {
+          __builtin_prefetch(to + m * p.row_stride + kAhead);
           __builtin_memcpy(values + m * kWide, to + m * p.row_stride, kWide * sizeof(T));
+        }
         if (!body(TileArgs<T>{values, to, p.row_stride, residual, p.columns, rows}, row, tile)) return false;
       } else {
         const int64_t shift = begin - tile * kWide, bytes = (end - begin) * static_cast<int64_t>(sizeof(T));
@@ -316,7 +336,8 @@ bool for_elements(const PanelArgs& p, Body body) {
 template <class T>
 void panel(const PanelArgs& p) {
   const PlainFloatingPoint plain;
-  const ChangeTile<T> change = change_tile_for<T>(p);
+  const bool scaled = (p.take_out && p.take_out->scaled) || (p.put_in && p.put_in->scaled);
+  const ChangeTile<T> change = scaled ? change_tile_for<T, true>(p) : change_tile_for<T, false>(p);
   TileChange<Accumulator<T>> out, in;
   for_elements<T, true>(p, [&](const TileArgs<T>& t, int64_t row, int64_t tile) {
     if (p.take_out) out.make(*p.take_out, row, t.rows, tile);
