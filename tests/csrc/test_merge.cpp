@@ -109,7 +109,8 @@ void check_round_trip(int64_t rows, int64_t columns, bool transposed, float shar
   c.make_room(first_log_capacity(c.args.weight) + rows * columns * 2);
   CHECK(c.put_in().is_ok(), "put in");
   CHECK(c.pending() == 0, "all chunks have room");
-  CHECK(c.w != before, "%lld x %lld is changed", static_cast<long long>(rows), static_cast<long long>(columns));
+  CHECK(c.w != before || rows * columns < 100, "%lld x %lld is changed", static_cast<long long>(rows),
+        static_cast<long long>(columns));
   CHECK(is_readable(c.args.weight, c.log), "the log is readable");
   bool unchanged = false;
   CHECK(check_unchanged_cpu(Context{}, c.args.weight, c.log, &unchanged).is_ok() && unchanged, "checksums fit");
