@@ -64,18 +64,15 @@ class FusedModules:
     """
 
     __slots__ = (
-        "_a",
-        "_a_params",
         "_active",
-        "_b",
-        "_b_params",
         "_base",
         "_base_params",
         "_containers",
         "_dicts",
-        "_dropouts",
         "_hooks",
+        "_modules",
         "_names",
+        "_sources",
         "_transposed",
     )
 
@@ -87,10 +84,12 @@ class FusedModules:
         self._names = tuple(names)
         modules = layer._modules
         self._containers = tuple(modules[name]._modules for name in _CONTAINERS)
-        self._a, self._b, self._dropouts = ([each[name] for name in names] for each in self._containers)
-        self._a_params = [module._parameters for module in self._a]
-        self._b_params = [module._parameters for module in self._b]
-        watched = [base, *self._a, *self._b, *self._dropouts]
+        self._modules = tuple((name, *(each[name] for each in self._containers)) for name in names)
+        self._sources = tuple(
+            (name, a._parameters, b._parameters, None if type(dropout) is nn.Identity else dropout)
+            for name, a, b, dropout in self._modules
+        )
+        watched = [base, *(module for _, *found in self._modules for module in found)]
         self._dicts = tuple(module.__dict__ for module in watched)
         self._hooks = tuple(module.__dict__[name] for module in watched for name in _HOOKS)
 
@@ -129,13 +128,9 @@ class FusedModules:
             or any(self._hooks)
         ):
             return False
-        names = self._names
-        if (  # lists of modules are compared by identity
-            list(map(a_modules.get, names)) != self._a
-            or list(map(b_modules.get, names)) != self._b
-            or list(map(dropouts.get, names)) != self._dropouts
-        ):
-            return False
+        for name, a, b, dropout in self._modules:
+            if a_modules.get(name) is not a or b_modules.get(name) is not b or dropouts.get(name) is not dropout:
+                return False
         for attributes in self._dicts:  # noqa: SIM110 (a generator costs as much again)
             if "forward" in attributes:
                 return False
@@ -151,48 +146,36 @@ class FusedModules:
         dtype = weight.dtype
         if dtype not in _OP_DTYPES or (x.dtype is not dtype and not _autocast_matches(x.dtype, dtype)):
             return None
-        factors = self._read_factors(dtype, layer.cast_input_dtype_enabled)
-        dropout_ps = self._read_dropouts()
-        if factors is None or dropout_ps is None:
-            return None
-        a, b = factors
-        table = layer.scaling
-        scalings = [table[name] for name in self._names]
-        for i, scaling in enumerate(scalings):
+        casts, table = layer.cast_input_dtype_enabled, layer.scaling
+        all_a, all_b, scalings, dropout_ps = [], [], [], []
+        for name, a_params, b_params, dropout in self._sources:
+            a: Any = a_params.get("weight")
+            b: Any = b_params.get("weight")
+            if type(a) not in _PLAIN_TENSORS or type(b) not in _PLAIN_TENSORS:
+                return None
+            if a_params.get("bias") is not None or b_params.get("bias") is not None:
+                return None
+            factor_dtype = a.dtype
+            if factor_dtype is not b.dtype:
+                return None
+            if factor_dtype is not dtype and (factor_dtype is not torch.float32 or not casts):
+                return None
+            scaling = table[name]
             if type(scaling) is not float and type(scaling) is not int:
                 if type(scaling) is not torch.Tensor or scaling.requires_grad:
                     return None
-                a[i], b[i], scalings[i] = _take_in(scaling, a[i], b[i])
+                a, b, scaling = _take_in(scaling, a, b)
+            p = 0.0
+            if dropout is not None and dropout.training:
+                p = dropout.p
+                if dropout.inplace or p >= 1.0:
+                    return None
+            all_a.append(a)
+            all_b.append(b)
+            scalings.append(scaling)
+            dropout_ps.append(p)
         base = weight.t() if self._transposed else weight
-        return Operands(base, self._base_params.get("bias"), self._names, a, b, scalings, dropout_ps)
-
-    def _read_factors(self, base_dtype: torch.dtype, casts: bool) -> tuple[list[Any], list[Any]] | None:
-        """All A and all B."""
-        a: list[Any] = [params.get("weight") for params in self._a_params]
-        b: list[Any] = [params.get("weight") for params in self._b_params]
-        for first, second in zip(a, b, strict=True):
-            if type(first) not in _PLAIN_TENSORS or type(second) not in _PLAIN_TENSORS:
-                return None
-            dtype = first.dtype
-            if dtype is not second.dtype:
-                return None
-            if dtype is not base_dtype and (dtype is not torch.float32 or not casts):
-                return None
-        for params in (*self._a_params, *self._b_params):
-            if params.get("bias") is not None:
-                return None
-        return a, b
-
-    def _read_dropouts(self) -> list[float] | None:
-        ps = []
-        for dropout in self._dropouts:
-            if type(dropout) is nn.Identity or not dropout.training:
-                ps.append(0.0)
-            elif dropout.inplace or dropout.p >= 1.0:
-                return None
-            else:
-                ps.append(dropout.p)
-        return ps
+        return Operands(base, self._base_params.get("bias"), self._names, all_a, all_b, scalings, dropout_ps)
 
 
 def _is_hooked(module: nn.Module) -> bool:
