@@ -84,7 +84,7 @@ class Linear(DeltaLayer):
         weight, bias, names, all_a, all_b, scalings, dropout_ps = operands
         a, b, scaling, p = all_a[0], all_b[0], scalings[0], dropout_ps[0]
         variants = self.lora_variant
-        if variants and not variants.keys().isdisjoint(names):
+        if variants and any(name in variants for name in names):
             if len(names) > 1:
                 return None
             return variants[names[0]].fused_forward(self, names[0], x, weight, bias, a, b, scaling, p)
