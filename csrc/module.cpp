@@ -105,6 +105,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                       [](const py::tuple&) { return dora::KeptNorms(); }));
   m.def("bidiagonalise_", &lanczos::call_bidiagonalise, arg("matrix"), arg("basis"), arg("left"), arg("diagonal"),
         arg("above"), arg("locked"), arg("begin"), arg("end"), arg("seed"), no_gil);
+  m.def("gram_product", &lanczos::call_gram_product, arg("matrix"), arg("x"), no_gil);
   m.def("ritz_residuals", &lanczos::call_ritz_residuals, arg("diagonal"), arg("above"), arg("rank"), no_gil);
   m.def("keep_largest", &select::call_keep_largest, arg("x"), arg("count"), no_gil);
   m.def("sgmv_", &sgmv::eager_add, no_gil);

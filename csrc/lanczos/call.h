@@ -15,6 +15,13 @@ inline void call_bidiagonalise(const at::Tensor& matrix, at::Tensor basis, at::T
   op.call(matrix, basis, left, diagonal, above, locked, begin, end, seed);
 }
 
+inline at::Tensor call_gram_product(const at::Tensor& matrix, const at::Tensor& x) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("pylora::gram_product", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
+  return op.call(matrix, x);
+}
+
 inline std::tuple<at::Tensor, at::Tensor> call_ritz_residuals(const at::Tensor& diagonal, const at::Tensor& above,
                                                               int64_t rank) {
   using Signature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, int64_t);

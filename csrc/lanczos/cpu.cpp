@@ -1,7 +1,9 @@
-// The Lanczos launchers on the CPU: steps of the bidiagonalisation, restarts, and the bidiagonal matrix's own values.
+// The Lanczos launchers on the CPU: steps of the bidiagonalisation, restarts, gram products, and the bidiagonal
+// matrix's own values.
 #include <cmath>
 
 #include "common/philox.h"
+#include "common/sizes.h"
 #include "cpu/kernel_table.h"
 #include "lanczos/heuristics.h"
 #include "lanczos/kernels.h"
@@ -10,10 +12,6 @@ PYLORA_KERNEL_TABLE(lanczos::Kernels, lanczos_kernels)
 
 namespace pylora::lanczos {
 namespace {
-
-constexpr int64_t kAlignment = 64;
-
-int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 double start_element(uint64_t seed, int64_t row, int64_t i) {
   const PhiloxWords words = philox4x32({{static_cast<uint32_t>(i), static_cast<uint32_t>(row), 0, 0}}, seed);
@@ -28,7 +26,7 @@ class Bidiagonalisation {
     char* next = static_cast<char*>(args.workspace);
     const auto take = [&](int64_t bytes) {
       char* block = next;
-      next += aligned(bytes);
+      next += align_up(bytes);
       return block;
     };
     parts_ = take(num_chunks(args.rows) * args.columns * bytes());
@@ -131,6 +129,53 @@ class Bidiagonalisation {
   double* squares_;
 };
 
+// ---- the gram product ----
+
+/// Elements of X in panels, the last one filled up.
+int64_t packed_elements(const GramArgs& args, int64_t panel) {
+  return (args.width + panel - 1) / panel * panel * args.columns;
+}
+
+template <class C>
+void pack(const GramArgs& args, int64_t panel, C* packed) {
+  const C* x = static_cast<const C*>(args.x.data);
+  for (int64_t first = 0; first < args.width; first += panel)
+    for (int64_t k = 0; k < args.columns; ++k)
+      for (int64_t i = first; i < first + panel; ++i)
+        *packed++ = i < args.width ? x[k * args.x.row_stride + i * args.x.column_stride] : C(0);
+}
+
+template <class C>
+void unpack(const GramArgs& args, int64_t panel, const C* packed) {
+  C* out = static_cast<C*>(args.out);
+  for (int64_t first = 0; first < args.width; first += panel)
+    for (int64_t k = 0; k < args.columns; ++k)
+      for (int64_t i = first; i < first + panel; ++i, ++packed)
+        if (i < args.width) out[k * args.width + i] = *packed;
+}
+
+template <class C>
+void gram_product(const Context& context, const GramArgs& args, const Kernels& kernels) {
+  constexpr bool kF64 = sizeof(C) == 8;
+  const int64_t panel = kernels.panel[kF64], elements = packed_elements(args, panel);
+  const int64_t panels = (args.width + panel - 1) / panel;
+  const int64_t step = gram_chunk_rows(args.rows), chunks = gram_chunks(args.rows);
+  C* packed = static_cast<C*>(args.workspace);
+  C* parts = packed + align_up(elements * sizeof(C)) / static_cast<int64_t>(sizeof(C));
+  pack(args, panel, packed);
+  parallel_for(context, chunks, grain(2 * step * elements), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t last = (chunk + 1) * step < args.rows ? (chunk + 1) * step : args.rows;
+      kernels.gram[kF64](chunk * step, last, args.matrix, args.columns, panels, packed, parts + chunk * elements);
+    }
+  });
+  parallel_for(context, elements, grain(chunks),
+               [&](int64_t begin, int64_t end) { kernels.reduce[kF64](begin, end, parts, chunks, elements, packed); });
+  unpack(args, panel, packed);
+}
+
+// ---- values of B ----
+
 constexpr int kMostSweeps = 60;  // of one eigenvalue; two are usual
 
 /// Where the block of the tridiagonal matrix that starts at `first` ends: the first negligible element.
@@ -194,8 +239,8 @@ void start_vector(uint64_t seed, int64_t row, int64_t columns, double* out) {
 
 int64_t bidiagonalise_workspace_bytes(const BidiagonaliseArgs& args) {
   const int64_t bytes = dtype_bytes(args.dtype);
-  return aligned(num_chunks(args.rows) * args.columns * bytes) + aligned(args.columns * bytes) +
-         aligned((args.locked + args.end + 1) * bytes) + aligned(kMostChunks * static_cast<int64_t>(sizeof(double)));
+  return align_up(num_chunks(args.rows) * args.columns * bytes) + align_up(args.columns * bytes) +
+         align_up((args.locked + args.end + 1) * bytes) + align_up(kMostChunks * static_cast<int64_t>(sizeof(double)));
 }
 
 Status bidiagonalise_cpu(const Context& context, const BidiagonaliseArgs& args) {
@@ -207,6 +252,26 @@ Status bidiagonalise_cpu(const Context& context, const BidiagonaliseArgs& args) 
   Isa isa;
   if (const Status status = current_isa(&isa); !status.is_ok()) return status;
   Bidiagonalisation(context, args, lanczos_kernels_table(isa)).run();
+  return {};
+}
+
+Status gram_product_workspace_bytes(const GramArgs& args, int64_t* bytes) {
+  Isa isa;
+  if (const Status status = current_isa(&isa); !status.is_ok()) return status;
+  const int64_t panel = lanczos_kernels_table(isa).panel[args.dtype == DType::f64];
+  const int64_t packed = packed_elements(args, panel) * dtype_bytes(args.dtype);
+  *bytes = align_up(packed) + gram_chunks(args.rows) * packed;
+  return {};
+}
+
+Status gram_product_cpu(const Context& context, const GramArgs& args) {
+  if (args.rows < 0 || args.columns < 0 || args.width < 0) return invalid_argument("gram_product: negative size");
+  if (args.dtype != DType::f32 && args.dtype != DType::f64) return unsupported("gram_product: expected f32 or f64");
+  if (args.matrix.column_stride != 1) return invalid_argument("gram_product: matrix: expected a column stride of 1");
+  Isa isa;
+  if (const Status status = current_isa(&isa); !status.is_ok()) return status;
+  const Kernels& kernels = lanczos_kernels_table(isa);
+  args.dtype == DType::f64 ? gram_product<double>(context, args, kernels) : gram_product<float>(context, args, kernels);
   return {};
 }
 

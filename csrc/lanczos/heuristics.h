@@ -1,6 +1,7 @@
 // How work is cut, as pure functions of the shape.
 #pragma once
 
+#include "common/sizes.h"
 #include "lanczos/lanczos.h"
 
 namespace pylora::lanczos {
@@ -15,12 +16,19 @@ constexpr int64_t chunk_rows(int64_t rows) {
 
 constexpr int64_t num_chunks(int64_t rows) { return rows > 0 ? (rows + chunk_rows(rows) - 1) / chunk_rows(rows) : 1; }
 
+/// A gram product's sums are as large as X, so it has fewer chunks: a multiple of its tile each.
+constexpr int64_t kGramChunks = 8;
+
+constexpr int64_t gram_chunk_rows(int64_t rows) {
+  const int64_t share = (rows + kGramChunks - 1) / kGramChunks;
+  return share < kLeastChunkRows ? kLeastChunkRows : (share + 7) / 8 * 8;
+}
+
+constexpr int64_t gram_chunks(int64_t rows) {
+  return rows > 0 ? (rows + gram_chunk_rows(rows) - 1) / gram_chunk_rows(rows) : 1;
+}
+
 /// Values below this share of the largest are taken for zero.
 constexpr double roundoff(DType dtype) { return dtype == DType::f64 ? 0x1p-51 : 0x1p-22; }
-
-/// Least work of a thread, in elements of W or V: waking one costs about 5 us, in which one reads 50,000 numbers.
-constexpr int64_t kGrainWork = 50000;
-
-constexpr int64_t grain(int64_t work_per_item) { return work_per_item > 0 ? 1 + kGrainWork / work_per_item : 1; }
 
 }  // namespace pylora::lanczos

@@ -34,6 +34,20 @@ void start_vector(uint64_t seed, int64_t row, int64_t columns, double* out);
 int64_t bidiagonalise_workspace_bytes(const BidiagonaliseArgs& args);
 Status bidiagonalise_cpu(const Context& context, const BidiagonaliseArgs& args);
 
+struct GramArgs {
+  int64_t rows = 0, columns = 0, width = 0;
+  DType dtype = DType::f32;   // of all: f32 or f64
+  ConstMatrix matrix;         // W [rows, columns], column stride 1
+  ConstMatrix x;              // [columns, width]
+  void* out = nullptr;        // Wᵀ(W X) [columns, width], contiguous
+  void* workspace = nullptr;  // gram_product_workspace_bytes, aligned to 64
+};
+
+/// Of the instruction set in use, whose panels it holds.
+Status gram_product_workspace_bytes(const GramArgs& args, int64_t* bytes);
+/// Reads W once. Summed like the bidiagonalisation's products.
+Status gram_product_cpu(const Context& context, const GramArgs& args);
+
 struct RitzArgs {
   int64_t steps = 0;  // of B [steps, steps + 1]: diagonal and above as above
   const double* diagonal = nullptr;

@@ -7,6 +7,7 @@ namespace pylora::PYLORA_ISA {
 namespace {
 
 using lanczos::Kernels;
+using lanczos::kGramRows;
 using lanczos::kRowTile;
 
 /// dots[r] = rows[r] · x, R rows at a time: two accumulators a row hide the latency of an FMA.
@@ -143,12 +144,78 @@ void scale(int64_t columns, const void* x, double factor, void* out) {
     static_cast<C*>(out)[i] = static_cast<C>(static_cast<const C*>(x)[i] * factor);
 }
 
+/// Vectors of X's row that a gram kernel works on, and rows of W: as many sums as hide an FMA's latency, and no more
+/// than there are registers.
+constexpr int kGramVecs = kVecBytes == 64 ? 1 : 2;
+constexpr int kGramTile = kVecBytes == 64 ? static_cast<int>(kGramRows) : 4;
+template <class C>
+constexpr int64_t kPanel = kGramVecs * kLanes<C>;
+
+/// products = rows · X, R rows of W and one panel of X.
+template <class C, int R>
+PYLORA_INLINE void gram_forth(const C* rows, int64_t stride, int64_t columns, const C* x,
+                              Vec<C> (&products)[R][kGramVecs]) {
+  for (int64_t k = 0; k < columns; ++k) {
+    for (int v = 0; v < kGramVecs; ++v) {
+      const Vec<C> right = load(x + k * kPanel<C> + v * kLanes<C>);
+      for (int r = 0; r < R; ++r)
+        products[r][v] += splat(rows[r * stride + k]) * right;
+    }
+  }
+}
+
+/// sums[k] += Σ_r rows[r, k] products[r] for K columns of W from k on.
+template <class C, int R, int K>
+PYLORA_INLINE void gram_back(const C* rows, int64_t stride, int64_t k, const Vec<C> (&products)[R][kGramVecs],
+                             C* sums) {
+  Vec<C> sum[K][kGramVecs];
+  for (int i = 0; i < K; ++i)
+    for (int v = 0; v < kGramVecs; ++v)
+      sum[i][v] = load(sums + (k + i) * kPanel<C> + v * kLanes<C>);
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < K; ++i)
+      for (int v = 0; v < kGramVecs; ++v)
+        sum[i][v] += splat(rows[r * stride + k + i]) * products[r][v];
+  for (int i = 0; i < K; ++i)
+    for (int v = 0; v < kGramVecs; ++v)
+      store(sums + (k + i) * kPanel<C> + v * kLanes<C>, sum[i][v]);
+}
+
+template <class C, int R>
+void gram_rows(const C* rows, int64_t stride, int64_t columns, int64_t panels, const C* x, C* sums) {
+  constexpr int kColumns = 4 / kGramVecs;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t offset = panel * columns * kPanel<C>;
+    Vec<C> products[R][kGramVecs] = {};
+    gram_forth<C, R>(rows, stride, columns, x + offset, products);
+    int64_t k = 0;
+    for (; k + kColumns <= columns; k += kColumns)
+      gram_back<C, R, kColumns>(rows, stride, k, products, sums + offset);
+    for (; k < columns; ++k)
+      gram_back<C, R, 1>(rows, stride, k, products, sums + offset);
+  }
+}
+
+template <class C>
+void gram(int64_t begin, int64_t end, ConstMatrix w, int64_t columns, int64_t panels, const void* x, void* sums) {
+  const C* right = static_cast<const C*>(x);
+  C* out = static_cast<C*>(sums);
+  for (int64_t i = 0; i < panels * columns * kPanel<C>; ++i)
+    out[i] = 0;
+  int64_t row = begin;
+  for (; row + kGramTile <= end; row += kGramTile)
+    gram_rows<C, kGramTile>(row_of<C>(w, row), w.row_stride, columns, panels, right, out);
+  for (; row < end; ++row)
+    gram_rows<C, 1>(row_of<C>(w, row), w.row_stride, columns, panels, right, out);
+}
+
 }  // namespace
 
 extern const Kernels lanczos_kernels;
 const Kernels lanczos_kernels = {
     {pass<float>, pass<double>},     {project<float>, project<double>}, {subtract<float>, subtract<double>},
     {reduce<float>, reduce<double>}, {squares<float>, squares<double>}, {scale<float>, scale<double>},
+    {gram<float>, gram<double>},     {kPanel<float>, kPanel<double>},
 };
 
 }  // namespace pylora::PYLORA_ISA

@@ -1,7 +1,8 @@
-// pylora::bidiagonalise_ and ritz_residuals: schemas, checks, registration. Without derivatives.
+// pylora::bidiagonalise_, gram_product and ritz_residuals: schemas, checks, registration. Without derivatives.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmv.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -92,6 +93,35 @@ void bidiagonalise(const Tensor& matrix, Tensor& basis, Tensor& left, Tensor& di
   binding::throw_unless_ok(bidiagonalise_cpu(binding::cpu_context(), args));
 }
 
+Tensor gram_product(const Tensor& matrix, const Tensor& x) {
+  const char* op = "gram_product";
+  const LanczosChecks check(op);
+  check.shape("matrix", matrix, {-1, -1});
+  check.wide_dtype("matrix", matrix);
+  TORCH_CHECK_VALUE(matrix.size(1) <= 1 || matrix.stride(1) == 1, op,
+                    ": matrix: expected a column stride of 1, got strides ", matrix.strides());
+  check.same_dtype("x", x, "matrix", matrix);
+  check.same_device("x", x, "matrix", matrix);
+  check.shape("x", x, {matrix.size(1), -1});
+  GramArgs args;
+  args.rows = matrix.size(0);
+  args.columns = matrix.size(1);
+  args.width = x.size(1);
+  args.dtype = binding::to_dtype(matrix.scalar_type());
+  args.matrix = {matrix.const_data_ptr(), matrix.stride(0), 1};
+  args.x = {x.const_data_ptr(), x.stride(0), x.stride(1)};
+  const Tensor out = at::empty({args.columns, args.width}, matrix.options());
+  args.out = out.mutable_data_ptr();
+  int64_t bytes = 0;
+  binding::throw_unless_ok(gram_product_workspace_bytes(args, &bytes));
+  const Tensor workspace = at::empty({bytes}, matrix.options().dtype(at::kByte));
+  args.workspace = workspace.mutable_data_ptr();
+  binding::throw_unless_ok(gram_product_cpu(binding::cpu_context(), args));
+  return out;
+}
+
+Tensor gram_product_aten(const Tensor& matrix, const Tensor& x) { return at::mm(matrix.t(), at::mm(matrix, x)); }
+
 // ---- the same in ATen calls, for other devices ----
 
 double orthogonalise(const Tensor& basis, int64_t rows, Tensor& z) {
@@ -174,14 +204,19 @@ TORCH_LIBRARY_FRAGMENT(pylora, m) {
       "bidiagonalise_(Tensor matrix, Tensor(a!) basis, Tensor(b!) left, Tensor(c!) diagonal, Tensor(d!) above, "
       "int locked, int begin, int end, int seed) -> ()",
       tags);
+  m.def("gram_product(Tensor matrix, Tensor x) -> Tensor", tags);
   m.def("ritz_residuals(Tensor diagonal, Tensor above, int rank) -> (Tensor values, Tensor residuals)", tags);
 }
 
 TORCH_LIBRARY_IMPL(pylora, CPU, m) {
   m.impl("bidiagonalise_", &bidiagonalise);
+  m.impl("gram_product", &gram_product);
   m.impl("ritz_residuals", &ritz_residuals);
 }
 
-TORCH_LIBRARY_IMPL(pylora, CompositeExplicitAutograd, m) { m.impl("bidiagonalise_", &bidiagonalise_aten); }
+TORCH_LIBRARY_IMPL(pylora, CompositeExplicitAutograd, m) {
+  m.impl("bidiagonalise_", &bidiagonalise_aten);
+  m.impl("gram_product", &gram_product_aten);
+}
 
 }  // namespace pylora::lanczos

@@ -2,7 +2,7 @@
 
 from pylora.ops.bgmv import bgmv_, bgmv_expand_, bgmv_shrink
 from pylora.ops.dora import KeptNorms, dora_linear, dora_linear_norms, dora_row_norms, dora_row_squares
-from pylora.ops.lanczos import bidiagonalise_, ritz_residuals
+from pylora.ops.lanczos import bidiagonalise_, gram_product, ritz_residuals
 from pylora.ops.lora import draw_rng, lora_add, lora_dropout, lora_linear
 from pylora.ops.merge import merge_, merge_is_finite, swap_, unmerge_
 from pylora.ops.multi_lora import AdapterPools, multi_lora_linear
@@ -23,6 +23,7 @@ __all__ = [
     "dora_row_norms",
     "dora_row_squares",
     "draw_rng",
+    "gram_product",
     "keep_largest",
     "lora_add",
     "lora_dropout",

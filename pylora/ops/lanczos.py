@@ -1,4 +1,4 @@
-"""Golub-Kahan-Lanczos bidiagonalisation of a large matrix, and the accuracy of what it has found.
+"""Golub-Kahan-Lanczos bidiagonalisation of a large matrix, the accuracy of what it has found, and products with WᵀW.
 
 Maths and numerics: csrc/lanczos/README.md and lanczos.h. Definition: reference/lanczos.py.
 """
@@ -49,6 +49,25 @@ def bidiagonalise_(
         C.bidiagonalise_(matrix, basis, left, diagonal, above, locked, begin, end, seed)
 
 
+def gram_product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Wᵀ(W X) for a narrow X, reading W once. Without derivatives.
+
+    Args:
+        matrix: W, [rows, columns], float32 or float64, column stride 1.
+        x: X, [columns, width], W's dtype, any strides.
+
+    Returns:
+        [columns, width], contiguous.
+
+    Raises:
+        ValueError: a shape or stride does not fit; the message names the argument and both values.
+        TypeError: a dtype does not fit.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.pylora.gram_product(matrix, x)
+    return C.gram_product(matrix, x)
+
+
 def ritz_residuals(diagonal: Tensor, above: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The largest singular values of B, and how well their triplets, seen as W's, satisfy Wᵀu = σv. CPU only.
 
@@ -83,6 +102,11 @@ def _fake_bidiagonalise(
     seed: int,
 ) -> None:
     return None
+
+
+@torch.library.register_fake("pylora::gram_product")
+def _fake_gram_product(matrix: Tensor, x: Tensor) -> Tensor:
+    return matrix.new_empty(matrix.shape[1], x.shape[1])
 
 
 @torch.library.register_fake("pylora::ritz_residuals")

@@ -144,6 +144,25 @@ def test_randomised_is_torch_s(shape, iterations):
         torch.testing.assert_close(vh.t() * signs, right, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e-12])
+@pytest.mark.parametrize(("decades", "apart"), [(0.5, False), (4, True)])
+def test_randomised_makes_far_apart_directions_orthonormal_after_each_product(monkeypatch, factor, decades, apart):
+    """With WᵀW at once, f32 would lose the last of directions whose lengths are 1e4 apart."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(90, 90, generator=generator))[0] for _ in range(2))
+    matrix = factor * ((left * torch.logspace(0, -decades, 90)) @ right).contiguous()
+    calls = []
+    both_sides = module._both_sides
+    monkeypatch.setattr(module, "_both_sides", lambda *args: calls.append(args) or both_sides(*args))
+    torch.manual_seed(1)
+    u, s, vh = module.randomised_triplets(matrix, 60, 8)
+    assert bool(calls) == apart
+    torch.manual_seed(1)
+    left, values, right = torch.svd_lowrank(matrix, 60, niter=8)
+    torch.testing.assert_close(s, values, rtol=1e-4, atol=2e-6 * factor)
+    torch.testing.assert_close((u * s) @ vh, (left * values) @ right.t(), rtol=0, atol=5e-6 * factor)
+
+
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_randomised_with_a_rank_that_is_larger_than_the_matrix(iterations):
     matrix = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))

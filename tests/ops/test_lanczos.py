@@ -1,4 +1,4 @@
-"""bidiagonalise_ and ritz_residuals, held against their definitions in f64."""
+"""bidiagonalise_, gram_product and ritz_residuals, held against their definitions in f64."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pylora.ops import bidiagonalise_, ritz_residuals
+from pylora.ops import bidiagonalise_, gram_product, ritz_residuals
 from pylora.ops.reference import lanczos as reference
 from pylora.testing.isa import built_isas, cpu_isa, supported_isas
 
@@ -152,6 +152,50 @@ def test_seeds_and_the_global_generator():
     assert not torch.equal(first.basis, other.basis)
 
 
+GRAM_SHAPES = [(30, 30, 16), (200, 37, 5), (37, 200, 33), (1003, 37, 17), (67, 1, 1), (1, 67, 8), (515, 130, 64)]
+EMPTY_GRAMS = [(0, 7, 3), (7, 0, 3), (7, 5, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "columns", "width"), GRAM_SHAPES + EMPTY_GRAMS)
+def test_gram_product(isa, dtype, rows, columns, width):
+    wide = normal(rows, columns + 9, dtype=dtype)
+    matrix, x = wide[:, 2 : columns + 2], normal(columns, width, dtype=dtype, seed=1)
+    found = gram_product(matrix, x)
+    assert found.shape == (columns, width)
+    assert found.dtype == dtype
+    sizes = reference.gram_product(matrix.abs(), x.abs())  # of the terms that are summed
+    error = (found.double() - reference.gram_product(matrix, x)).abs()
+    assert bool((error <= 2 * math.sqrt(rows + columns + 1) * EPS[dtype] * sizes).all())
+    assert torch.equal(gram_product(matrix.contiguous(), x.t().contiguous().t()), found)
+
+
+def test_gram_product_has_the_same_bits_for_any_number_of_threads(isa):
+    matrix, x = normal(900, 300), normal(300, 20, seed=1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = gram_product(matrix, x)
+        torch.set_num_threads(3)
+        three = gram_product(matrix, x)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, three)
+
+
+def test_gram_product_errors():
+    zeros = torch.zeros
+    for matrix, x, error, message in [
+        (zeros(9), zeros(9, 2), ValueError, "matrix: expected shape"),
+        (zeros(9, 7).bfloat16(), zeros(7, 2), TypeError, "matrix: expected float32 or float64, got BFloat16"),
+        (zeros(7, 9).t(), zeros(7, 2), ValueError, "matrix: expected a column stride of 1"),
+        (zeros(9, 7), zeros(7, 2).double(), TypeError, "x: expected the dtype of matrix, Float, got Double"),
+        (zeros(9, 7), zeros(9, 2), ValueError, "x: expected shape .7, .* got .9, 2."),
+    ]:
+        with pytest.raises(error, match=f"gram_product: {message}"):
+            gram_product(matrix, x)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 17, 90])
 def test_ritz_residuals(steps):
     diagonal, above = normal(steps, dtype=torch.float64).abs(), normal(steps, dtype=torch.float64, seed=1).abs()
@@ -220,6 +264,14 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.pylora.bidiagonalise_.default, run.args(0, 6))
     run.extend(0, 6)
     torch.library.opcheck(torch.ops.pylora.ritz_residuals.default, (run.diagonal, run.above, 3))
+    torch.library.opcheck(torch.ops.pylora.gram_product.default, (run.matrix, normal(15, 3)))
+
+
+def test_gram_product_of_other_devices():
+    matrix, x = normal(50, 40, dtype=torch.float64), normal(40, 3, dtype=torch.float64, seed=1)
+    op = torch.ops.pylora.gram_product.default
+    aten = op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, matrix, x)
+    torch.testing.assert_close(aten, gram_product(matrix, x))
 
 
 @pytest.mark.parametrize("rank", [2, 40])

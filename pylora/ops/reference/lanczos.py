@@ -29,6 +29,11 @@ def bidiagonalise(matrix: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Te
     return torch.stack(vectors[:-1]), torch.stack(diagonal), torch.stack(above)
 
 
+def gram_product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Wᵀ(W X)."""
+    return matrix.double().T @ (matrix.double() @ x.double())
+
+
 def ritz_residuals(diagonal: Tensor, above: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Singular values of B, and |above[-1] · u[-1]| for their left vectors u."""
     u, s, _ = torch.linalg.svd(bidiagonal(diagonal, above))
