@@ -58,13 +58,14 @@ def set_adapter(
     """
     modules = [visit.module for visit in walk(model)]
     chosen = [(m, m.check_set_adapter(adapter_name)) for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
+    layers = [module for module in modules if isinstance(module, layer_cls)]
+    for layer in reversed(layers):  # layers may share a weight: the last merge goes first
+        unmerge_before_switch(layer)
     for wrapper, name in chosen:
         active: str | list[str] = name if name is not None and name in wrapper._adapters else []
         wrapper.set_adapter(active, inference_mode=inference_mode)
-    for module in modules:
-        if isinstance(module, layer_cls):
-            unmerge_before_switch(module)
-            module.set_adapter(adapter_name, inference_mode=inference_mode)
+    for layer in layers:
+        layer.set_adapter(adapter_name, inference_mode=inference_mode)
 
 
 def enable_adapters(model: nn.Module, enabled: bool) -> None:
