@@ -119,10 +119,10 @@ def errors() -> Iterator[list[BaseException]]:
 def test_threads_that_serve_load_evict_replace_and_prefetch(
     tmp_path: Path, seconds: float, errors: list[BaseException]
 ) -> None:
-    """Nothing lost, no stale slot ever used.
+    """No slot changes while it is held, and no row gets another adapter's output.
 
-    Adapter i has versions with the seeds i and i + 100. A served row must be one of the versions that were current
-    between its acquire and its end, never another adapter's.
+    Adapter i has versions with the seeds i and i + 100, and either is taken for right: which of them was current is not
+    followed here. test_replace_keeps_the_old_version_for_requests_in_flight in test_pool.py does that for one thread.
     """
     names, num_slots = list(range(12)), 5
     folders = {seed: write_adapter(tmp_path / str(seed), seed) for i in names for seed in (i, i + 100)}
