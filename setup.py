@@ -275,14 +275,7 @@ def extension() -> Extension:
         "pylora._C",
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=[
-            "-O3",
-            "-g0",
-            "-fopenmp",
-            "-fvisibility=hidden",
-            "-Wall",
-            f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
-        ],
+        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"],
         # Symbols of the kernel library and of libcudart stay private, so another extension's copies cannot mix in.
         extra_link_args=["-Wl,--exclude-libs,ALL"],
     )
