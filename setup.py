@@ -275,7 +275,16 @@ def extension() -> Extension:
         "pylora._C",
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"],
+        # at::parallel_for is a template around an OpenMP pragma: without -fopenmp it is a loop on one thread. It is not
+        # said to the linker, so that GOMP's symbols are those of the runtime that torch brings, and its pool serves.
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-fopenmp",
+            "-fvisibility=hidden",
+            "-Wall",
+            f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+        ],
         # Symbols of the kernel library and of libcudart stay private, so another extension's copies cannot mix in.
         extra_link_args=["-Wl,--exclude-libs,ALL"],
     )
