@@ -28,6 +28,8 @@ foreach(isa IN LISTS PYLORA_ISAS)
     target_link_libraries(pylora_isa_${isa} PRIVATE pylora_flags)
     # GCC fuses a*b+c in C++ by default and Clang only within an expression: say it, so that both give the same code.
     target_compile_options(pylora_isa_${isa} PRIVATE ${PYLORA_ISA_FLAGS_${isa}} -ffp-contract=fast
+      # Nothing throws here, and a destructor's way out of an exception leaves a symbol that all sets share.
+      -fno-exceptions
       # GCC's own intrinsics headers start from deliberately uninitialised registers.
       $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized -Wno-maybe-uninitialized>)
     target_compile_definitions(pylora_isa_${isa} PRIVATE PYLORA_ISA=${isa} PYLORA_ISA_${isa_upper}=1)
