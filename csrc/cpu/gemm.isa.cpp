@@ -1,8 +1,7 @@
 // gemm: both operands packed to f32 panels, a tile of 6 rows x 2 vectors in registers. gemv: up to 3 rows against 4
 // rows of the weight at a time, the weight read once where it lies.
 #include "cpu/gemm_kernels.h"
-#include "cpu/simd/transpose.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/stage.h"
 
 namespace pylora::PYLORA_ISA {
 namespace {
@@ -28,15 +27,6 @@ struct RowTiles {
   }
 };
 
-template <class T>
-float scalar(const T* p) {
-  return load_partial(p, 1)[0];
-}
-template <>
-float scalar(const float* p) {
-  return *p;
-}
-
 /// One tile's rows of x as [depth][rows].
 template <class T>
 void pack_rows(const T* x, int64_t stride, int rows, int64_t depth, float* out) {
@@ -51,7 +41,7 @@ void pack_rows(const T* x, int64_t stride, int rows, int64_t depth, float* out) 
   }
   for (; k < depth; ++k)
     for (int m = 0; m < rows; ++m)
-      out[k * rows + m] = scalar(x + m * stride + k);
+      out[k * rows + m] = widened(x + m * stride + k);
 }
 
 /// A tile of the weight as [depth][kTileColumns], zeros beyond `columns`. w points at its first column and depth.
@@ -81,7 +71,7 @@ void pack_weight(const T* w, int64_t column_step, int64_t depth_step, int64_t co
   }
   for (; k < depth; ++k)
     for (int n = 0; n < kTileColumns; ++n)
-      out[k * kTileColumns + n] = n < columns ? scalar(w + n * column_step + k * depth_step) : 0.0f;
+      out[k * kTileColumns + n] = n < columns ? widened(w + n * column_step + k * depth_step) : 0.0f;
 }
 
 /// sums[m, :] (+)= x panel times weight panel, for M rows and one tile of columns.
@@ -191,10 +181,6 @@ constexpr int kGemvColumns = 4;
 // Depth of x that is staged as f32 at a time, 32 KB a row. Whole rows of most weights: 2048 columns at a time of one of
 // 4864 were read at two thirds of the speed. An x of f32 is read where it lies.
 constexpr int64_t kGemvDepth = 8192;
-template <class T>
-constexpr bool kIsAccumulator = false;
-template <>
-constexpr bool kIsAccumulator<float> = true;
 constexpr int64_t kGemvBlockColumns = 256;
 
 /// Whether load_pair takes the even and the odd elements apart.
@@ -210,7 +196,7 @@ PYLORA_INLINE void load_pair(const T* p, Vec<float>* first, Vec<float>* second) 
 }
 
 // bf16 two at a time in 32-bit words: the odd elements by masking, the even ones by a shift, and no shuffle. x is
-// stored to match, even elements before odd ones (order_like).
+// stored to match, even elements before odd ones (stage_like_pairs).
 PYLORA_INLINE void load_pair(const bf16* p, Vec<float>* first, Vec<float>* second) {
   typedef uint32_t Words __attribute__((vector_size(kVecBytes)));
   typedef uint32_t Unaligned __attribute__((vector_size(kVecBytes), aligned(2), may_alias));
@@ -254,7 +240,7 @@ struct GemvSums {
     for (; k < p.count; ++k)
       for (int m = 0; m < M; ++m)
         for (int r = 0; r < R; ++r)
-          tail[m][r] += scalar(p.w + r * p.w_stride + k) * p.x[m * p.x_stride + k];
+          tail[m][r] += widened(p.w + r * p.w_stride + k) * p.x[m * p.x_stride + k];
   }
 
  private:
@@ -293,7 +279,7 @@ void stage_like_pairs(const T* x, int64_t count, float* out) {
     store(out + k + kL, second);
   }
   for (; k < count; ++k)
-    out[k] = scalar(x + k);
+    out[k] = widened(x + k);
 }
 
 /// One row of v, scaled, in the order that load_pair gives pairs of an F's vectors in.
@@ -309,7 +295,7 @@ void stage_v(const float* v, int64_t rank, float scaling, float* out) {
 
 template <class T, class F, int M>
 void gemv_rows(int64_t begin, int64_t end, const GemmArgs& args) {
-  constexpr bool kDirect = kIsAccumulator<T>;
+  constexpr bool kDirect = kSame<T, float>;
   alignas(64) float staged[kDirect ? 1 : M * kGemvDepth];
   alignas(64) float v[M * kGemvRank];
   alignas(64) float sums[M][kGemvBlockColumns];

@@ -3,16 +3,10 @@
 // sums do not depend on the tile that it is in.
 #include "cpu/segments_kernels.h"
 #include "cpu/simd/dropout.h"
-#include "cpu/simd/transpose.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/stage.h"
 
 namespace pylora::PYLORA_ISA {
 namespace {
-
-template <class A, class B>
-constexpr bool kSameType = false;
-template <class A>
-constexpr bool kSameType<A, A> = true;
 
 constexpr int64_t kMaxTokens = 64;  // of one block, over all kernels
 
@@ -24,58 +18,13 @@ struct FactorBlock {
   int64_t stride;
 };
 
-template <class F>
-Accumulator<F> scalar_of(const F* p) {
-  return load_partial(p, 1)[0];
-}
-
-/// Whole vectors of a block whose neighbours in memory are ranks (B as layers keep it); answers the columns done.
-template <class F>
-int64_t transpose_block(ConstMatrix m, int64_t first_rank, int64_t ranks, int64_t first_column, int64_t columns,
-                        float* out, int64_t stride) {
-  constexpr int kL = kLanes<float>;
-  const int64_t whole_ranks = ranks / kL * kL, whole_columns = columns / kL * kL;
-  const F* data = static_cast<const F*>(m.data) + first_rank + first_column * m.column_stride;
-  for (int64_t j = 0; j < whole_columns; j += kL) {
-    for (int64_t i = 0; i < whole_ranks; i += kL) {
-      Vec<float> block[kL];
-#pragma GCC unroll 16
-      for (int n = 0; n < kL; ++n)
-        block[n] = load(data + (j + n) * m.column_stride + i);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int n = 0; n < kL; ++n)
-        store(out + (i + n) * stride + j, block[n]);
-    }
-    for (int64_t i = whole_ranks; i < ranks; ++i)
-      for (int64_t n = j; n < j + kL; ++n)
-        out[i * stride + n] = scalar_of(data + n * m.column_stride + i);
-  }
-  return whole_columns;
-}
-
 template <class F, class C>
 FactorBlock<C> load_factor(ConstMatrix m, int64_t first_rank, int64_t ranks, int64_t first_column, int64_t columns,
                            C* buffer, int64_t stride) {
-  if constexpr (kSameType<F, C>) {
+  if constexpr (kSame<F, C>) {
     if (m.column_stride == 1) return {row_of<F>(m, first_rank) + first_column, m.row_stride};
   }
-  int64_t done = 0;
-  if constexpr (kSameType<C, float> && kSameType<Accumulator<F>, float>) {
-    if (m.row_stride == 1 && m.column_stride != 1)
-      done = transpose_block<F>(m, first_rank, ranks, first_column, columns, buffer, stride);
-  }
-  for (int64_t i = 0; i < ranks; ++i) {
-    const F* row = row_of<F>(m, first_rank + i) + first_column * m.column_stride;
-    int64_t j = done;
-    if constexpr (kSameType<Accumulator<F>, C>) {
-      if (m.column_stride == 1)
-        for (; j + kLanes<C> <= columns; j += kLanes<C>)
-          store(buffer + i * stride + j, load(row + j));
-    }
-    for (; j < columns; ++j)
-      buffer[i * stride + j] = static_cast<C>(scalar_of(row + j * m.column_stride));
-  }
+  stage_matrix<F>(m, first_rank, ranks, first_column, columns, buffer, stride);
   return {buffer, stride};
 }
 
@@ -88,16 +37,6 @@ constexpr LoadFactor<C> kLoadFactor[kNumDTypes] = {load_factor<float, C>, load_f
 
 // ---- activations: rows of one segment as accumulators ----
 
-/// out[i] = x[i] * multiplier[i] (multiplier null: 1) for i in [0, count), and zeros up to a whole vector.
-template <class T>
-void stage_row(const T* x, const Accumulator<T>* multiplier, int64_t count, Accumulator<T>* out) {
-  using C = Accumulator<T>;
-  for (int64_t i = 0; i < count; i += kLanes<C>) {
-    const Vec<C> value = count - i < kLanes<C> ? load_partial(x + i, count - i) : load(x + i);
-    store(out + i, multiplier ? value * load(multiplier + i) : value);
-  }
-}
-
 /// Points rows[i] at accumulators of the columns of position first + i: x itself where it is that, else `buffer`.
 template <class T, int64_t kColumns>
 void stage_rows(const SegmentPlan& plan, ConstMatrix x, int64_t first, int64_t count, int64_t column, int64_t columns,
@@ -107,7 +46,7 @@ void stage_rows(const SegmentPlan& plan, ConstMatrix x, int64_t first, int64_t c
   for (int64_t i = 0; i < count; ++i) {
     const int64_t token = plan.token(first + i);
     const T* source = row_of<T>(x, token) + column;
-    if constexpr (kSameType<T, C>) {
+    if constexpr (kSame<T, C>) {
       if (!dropout.active()) {
         rows[i] = source;
         continue;

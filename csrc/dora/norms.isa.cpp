@@ -1,7 +1,6 @@
 // The kernels of DoRA's norms, written once and compiled per instruction set. Their tile is 6 rows of W x 2 vectors: 12
 // accumulators, into which the rank's products go before they are squared, so that B A is never stored.
-#include "cpu/simd/transpose.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/stage.h"
 #include "dora/kernels.h"
 
 namespace pylora::PYLORA_ISA {
@@ -10,16 +9,6 @@ namespace {
 using dora::kPanelColumns;
 using dora::NormKernels;
 using dora::Product;
-
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
-
-template <class F>
-Accumulator<F> get(const F* p) {
-  return load_partial(p, 1)[0];
-}
 
 template <class T>
 const T* element(ConstMatrix m, int64_t row, int64_t column) {
@@ -30,7 +19,7 @@ template <class T>
 void widen(const void* data, int64_t stride, int64_t count, double* out) {
   const T* p = static_cast<const T*>(data);
   for (int64_t i = 0; i < count; ++i)
-    out[i] = static_cast<double>(get(p + i * stride));
+    out[i] = static_cast<double>(widened(p + i * stride));
 }
 
 // ---- W as rows of accumulators ----
@@ -39,46 +28,13 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 // A panel of A in L1 serves so many rows.
 constexpr int64_t kBlockRows = 48;
 
-/// Whole blocks of lanes x lanes of a W that is stored transposed; answers how many rows and columns they cover.
-template <class T>
-int64_t stage_transposed(ConstMatrix w, int64_t row, int64_t rows, int64_t column, int64_t columns, float* out) {
-  constexpr int kL = kLanes<float>;
-  const int64_t whole = columns / kL * kL;
-  if (rows % kL != 0) return 0;
-  for (int64_t i = 0; i < rows; i += kL) {
-    for (int64_t j = 0; j < whole; j += kL) {
-      Vec<float> block[kL];
-#pragma GCC unroll 16
-      for (int n = 0; n < kL; ++n)
-        block[n] = load(element<T>(w, row + i, column + j + n));
-      transpose(block);
-#pragma GCC unroll 16
-      for (int n = 0; n < kL; ++n)
-        store(out + (i + n) * kPanelColumns + j, block[n]);
-    }
-  }
-  return whole;
-}
-
-/// out[rows][kPanelColumns] = a block of W, zeros beyond `columns`.
-template <class T>
-void stage(ConstMatrix w, int64_t row, int64_t rows, int64_t column, int64_t columns, Accumulator<T>* out) {
-  using C = Accumulator<T>;
-  int64_t done = 0;
-  if constexpr (kSame<C, float>) {
-    if (w.row_stride == 1 && w.column_stride != 1) done = stage_transposed<T>(w, row, rows, column, columns, out);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    C* to = out + i * kPanelColumns;
-    int64_t j = done;
-    if (w.column_stride == 1)
-      for (; j + kLanes<C> <= columns; j += kLanes<C>)
-        store(to + j, load(element<T>(w, row + i, column + j)));
-    for (; j < columns; ++j)
-      to[j] = get(element<T>(w, row + i, column + j));
-    for (; j < kPanelColumns; ++j)
-      to[j] = 0;
-  }
+/// out[rows][kPanelColumns] = a block of a matrix, zeros beyond `columns`.
+template <class T, class C>
+void stage(ConstMatrix w, int64_t row, int64_t rows, int64_t column, int64_t columns, C* out) {
+  stage_matrix<T>(w, row, rows, column, columns, out, kPanelColumns);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = columns; j < kPanelColumns; ++j)
+      out[i * kPanelColumns + j] = 0;
 }
 
 template <class C>
@@ -129,19 +85,7 @@ template <class F, class C>
 void panels(int64_t begin, int64_t end, ConstMatrix a, int64_t rank, int64_t width, void* out) {
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * kPanelColumns, columns = min_of(kPanelColumns, width - first);
-    for (int64_t r = 0; r < rank; ++r) {
-      C* to = static_cast<C*>(out) + (panel * rank + r) * kPanelColumns;
-      int64_t j = 0;
-      if constexpr (kSame<Accumulator<F>, C>) {
-        if (a.column_stride == 1)
-          for (; j + kLanes<C> <= columns; j += kLanes<C>)
-            store(to + j, load(element<F>(a, r, first + j)));
-      }
-      for (; j < columns; ++j)
-        to[j] = static_cast<C>(get(element<F>(a, r, first + j)));
-      for (; j < kPanelColumns; ++j)
-        to[j] = 0;
-    }
+    stage<F>(a, 0, rank, first, columns, static_cast<C*>(out) + panel * rank * kPanelColumns);
   }
 }
 
@@ -156,7 +100,7 @@ void coefficients(int64_t begin, int64_t end, ConstMatrix b, int64_t rank, doubl
           store(to + r, splat(static_cast<C>(scaling)) * load(element<F>(b, o, r)));
     }
     for (; r < rank; ++r)
-      to[r] = static_cast<C>(scaling) * static_cast<C>(get(element<F>(b, o, r)));
+      to[r] = static_cast<C>(scaling) * static_cast<C>(widened(element<F>(b, o, r)));
   }
 }
 

@@ -1,16 +1,11 @@
 // The kernels of DoRA's factor on an output and its backward, written once and compiled per instruction set.
-#include "cpu/simd/vec.h"
+#include "cpu/simd/stage.h"
 #include "dora/kernels.h"
 
 namespace pylora::PYLORA_ISA {
 namespace {
 
 using dora::ScaleKernels;
-
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
 
 template <class M, class C>
 void factor(const void* magnitude, const double* norms, int64_t first, int64_t count, void* factor_out,

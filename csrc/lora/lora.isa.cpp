@@ -1,8 +1,7 @@
 // The lora kernels, written once and compiled per instruction set. Tiles hold 12 accumulators (3 tokens x 4 ranks, 6
 // tokens x 2 vectors): with AVX2's 16 registers that leaves room for the operands, and hides the latency of an FMA.
 #include "cpu/simd/dropout.h"
-#include "cpu/simd/transpose.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/stage.h"
 #include "lora/kernels.h"
 
 namespace pylora::PYLORA_ISA {
@@ -10,27 +9,7 @@ namespace {
 
 using lora::Kernels;
 
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
-
 // ---- staging: storage type to accumulators, with dropout, in blocks that stay in cache ----
-
-/// out[i] = x[i] * multiplier[i] (multiplier null: 1) for i in [0, count), and zeros up to a whole vector.
-template <class T>
-void stage_row(const T* x, const Accumulator<T>* multiplier, int64_t count, Accumulator<T>* out) {
-  using C = Accumulator<T>;
-  int64_t i = 0;
-  for (; i + kLanes<C> <= count; i += kLanes<C>) {
-    const Vec<C> value = load(x + i);
-    store(out + i, multiplier ? value * load(multiplier + i) : value);
-  }
-  if (i < count) {
-    const Vec<C> value = load_partial(x + i, count - i);
-    store(out + i, multiplier ? value * load(multiplier + i) : value);
-  }
-}
 
 /// A block of x as accumulators: x itself where it already is one, else a staged copy in `buffer`.
 template <class T>
@@ -297,54 +276,9 @@ void outer(int64_t begin, int64_t end, const void* v_in, int64_t rank, ConstMatr
 
 // ---- conversions and dropout alone ----
 
-template <class F>
-Accumulator<F> get(const F* p) {
-  return load_partial(p, 1)[0];
-}
-
-/// Rows [0, rows) and as many columns as whole blocks cover of a matrix whose columns are contiguous (a transposed
-/// view, as B is); answers how many columns those are.
-template <class F>
-int64_t convert_transposed(ConstMatrix m, int64_t rows, int64_t columns, float* out) {
-  constexpr int kL = kLanes<float>;
-  const int64_t whole_rows = rows / kL * kL, whole_columns = columns / kL * kL;
-  const F* data = static_cast<const F*>(m.data);
-  for (int64_t j = 0; j < whole_columns; j += kL) {
-    for (int64_t i = 0; i < whole_rows; i += kL) {
-      Vec<float> block[kL];
-#pragma GCC unroll 16
-      for (int n = 0; n < kL; ++n)
-        block[n] = load(data + (j + n) * m.column_stride + i);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int n = 0; n < kL; ++n)
-        store(out + (i + n) * columns + j, block[n]);
-    }
-    for (int64_t i = whole_rows; i < rows; ++i)
-      for (int64_t n = j; n < j + kL; ++n)
-        out[i * columns + n] = get(data + n * m.column_stride + i);
-  }
-  return whole_columns;
-}
-
 template <class F, class C>
-void convert(ConstMatrix m, int64_t rows, int64_t columns, void* out_data) {
-  C* out = static_cast<C*>(out_data);
-  int64_t done = 0;
-  if constexpr (kSame<C, float> && kSame<Accumulator<F>, float>) {
-    if (m.row_stride == 1 && m.column_stride != 1) done = convert_transposed<F>(m, rows, columns, out);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    const F* row = row_of<F>(m, i);
-    int64_t j = done;
-    if constexpr (kSame<Accumulator<F>, C>) {
-      if (m.column_stride == 1)
-        for (; j + kLanes<C> <= columns; j += kLanes<C>)
-          store(out + i * columns + j, load(row + j));
-    }
-    for (; j < columns; ++j)
-      out[i * columns + j] = static_cast<C>(get(row + j * m.column_stride));
-  }
+void convert(ConstMatrix m, int64_t rows, int64_t columns, void* out) {
+  stage_matrix<F>(m, 0, rows, 0, columns, static_cast<C*>(out), columns);
 }
 
 template <class F, class C>
