@@ -12,9 +12,6 @@ PYLORA_KERNEL_TABLE(merge::Codec, merge_codec)
 namespace pylora::merge {
 namespace {
 
-// Multiply-adds that are worth waking a thread for (about 5 us).
-constexpr int64_t kGrainWork = 200000;
-
 int index(DType dtype) { return static_cast<int>(dtype); }
 
 Status check_weight(const Weight& w) {
@@ -85,7 +82,7 @@ class Changing {
     in_bytes_ = packed_matrix_bytes(w_, args_.put_in);
     const bool f64 = accumulator_dtype(w_.dtype) == DType::f64;
     const int64_t work = (w_.rows + w_.columns) * (total_rank(args_.take_out) + total_rank(args_.put_in));
-    parallel_for(context, w_.count, 1 + kGrainWork / (work + 1), [&](int64_t begin, int64_t end) {
+    parallel_for(context, w_.count, grain(work), [&](int64_t begin, int64_t end) {
       for (int64_t matrix = begin; matrix < end; ++matrix) {
         if (args_.take_out.num_adapters) kernels_.pack[f64](w_, args_.take_out, matrix, taken_out(matrix));
         if (args_.put_in.num_adapters) kernels_.pack[f64](w_, args_.put_in, matrix, put_in(matrix));

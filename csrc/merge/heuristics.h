@@ -1,12 +1,10 @@
 // Sizes that callers and launchers must agree on: pure functions of the shape.
 #pragma once
 
+#include "common/sizes.h"
 #include "merge/merge.h"
 
 namespace pylora::merge {
-
-constexpr int64_t kAlignment = 64;
-constexpr int64_t align_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 /// The widest column tile of all instruction sets: two vectors of 64 bytes of f32.
 constexpr int64_t kMaxTileColumns = 32;

@@ -9,20 +9,13 @@
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "inputs.h"
 #include "merge/heuristics.h"
 
 using namespace pylora;
 using namespace pylora::merge;
 
 namespace {
-
-struct Buffer {
-  std::unique_ptr<void, decltype(&std::free)> data;
-  explicit Buffer(int64_t bytes)
-      : data(std::aligned_alloc(kAlignment, static_cast<size_t>(align_up(bytes + 1))), &std::free) {
-    std::memset(data.get(), 0xff, static_cast<size_t>(bytes));
-  }
-};
 
 /// A bf16 weight of `rows` x `columns` with an adapter, and a log of any capacity.
 struct Case {
@@ -33,7 +26,7 @@ struct Case {
   std::vector<ChunkHeader> chunks;
   std::vector<uint8_t> data;
   Log log;
-  Buffer workspace{0};
+  test::AlignedBuffer workspace{1};
 
   Case(int64_t rows, int64_t columns, bool transposed, float share) {
     constexpr int64_t kRank = 5;
@@ -66,7 +59,7 @@ struct Case {
     args.weight.data = w.data();
     args.put_in = {&adapter, 1};
     args.num_slots = 2;
-    workspace = Buffer(workspace_bytes(args));
+    workspace = test::AlignedBuffer(workspace_bytes(args));
     args.workspace = workspace.data.get();
     chunks.resize(static_cast<size_t>(num_chunks(args.weight)));
     for (ChunkHeader& each : chunks)
