@@ -26,7 +26,6 @@ struct DeltaNeeds {
 
 using binding::matrix;
 using binding::workspace_of;
-inline MutableMatrix mutable_matrix(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1)}; }
 
 /// Tokens as rows, as kernels take them.
 inline Tensor token_rows(const Tensor& t) { return binding::with_unit_columns(aten::rows(t)); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ STYLES = {"pylora": ("#0072B2", "o"), "peft": ("#D55E00", "s")}
 NAMES = {"pylora": "pylora", "peft": "PEFT"}
 GREY = "#666666"
 PANELS_A_ROW = 3
+CAPTION_LETTERS = 18  # an inch, at its size
 
 
 def draw(outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
@@ -157,7 +159,9 @@ def _point(record: Record, name: str) -> tuple[float, float]:
 
 def _caption(figure: Any, title: str, record: Record) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.text(0.01, 0.005, f"{describe(record)}, {record['time'][:10]}", fontsize=6.5, color=GREY)
+    made_with = f"{describe(record)}, {record['time'][:10]}"
+    lines = textwrap.fill(made_with, int(CAPTION_LETTERS * figure.get_figwidth()))
+    figure.text(0.01, 0.005, lines, fontsize=6.5, color=GREY)
     figure.tight_layout(rect=(0, 0.03, 1, 0.99))
 
 
