@@ -12,7 +12,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) dropout_kernel(DropoutArgs args) {
   using C = Accumulator<T>;
   const int64_t blocks = (args.width + kDropoutBlock - 1) / kDropoutBlock;
-  const uint64_t seed = static_cast<uint64_t>(args.dropout.rng[0]), offset = static_cast<uint64_t>(args.dropout.rng[1]);
+  const auto seed = cuda::load_uniform<uint64_t>(args.dropout.rng);
+  const auto offset = cuda::load_uniform<uint64_t>(args.dropout.rng + 1);
   for (int64_t item = cuda::first_item(); item < args.num_tokens * blocks * kLanes; item += cuda::item_step()) {
     const int64_t row = item / (blocks * kLanes), counter = item % (blocks * kLanes);
     const PhiloxWords random = philox4x32({{static_cast<uint32_t>(counter), static_cast<uint32_t>(row),
@@ -27,37 +28,32 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(DropoutArgs args) {
       if (column >= args.width) continue;
       // A product, as on the CPU and in torch, so that a dropped infinity is a NaN and does not vanish.
       const C multiplier = bits < args.dropout.threshold ? C(0) : static_cast<C>(args.dropout.keep_scale);
-      cuda::store(out + column, cuda::load(x + column) * multiplier);
+      cuda::store_global(out + column, cuda::narrow<T>(cuda::widen(cuda::load_global<T>(x + column)) * multiplier));
     }
   }
 }
 
 template <class T>
-void launch(const DropoutArgs& args, cudaStream_t stream) {
+Status launch(const Context& context, const DropoutArgs& args) {
   const int64_t items = args.num_tokens * ((args.width + kDropoutBlock - 1) / kDropoutBlock) * kLanes;
-  dropout_kernel<T><<<cuda::grid_blocks(items, kThreads), kThreads, 0, stream>>>(args);
+  return cuda::launch<dropout_kernel<T>>(cuda::grid_blocks(items, kThreads), kThreads, 0, context.stream, args);
 }
 
 }  // namespace
 
 Status dropout_cuda(const Context& context, const DropoutArgs& args) {
   if (args.num_tokens == 0 || args.width == 0) return {};
-  const auto stream = static_cast<cudaStream_t>(context.stream);
   switch (args.dtype) {
     case DType::f32:
-      launch<float>(args, stream);
-      break;
+      return launch<float>(context, args);
     case DType::bf16:
-      launch<bf16>(args, stream);
-      break;
+      return launch<bf16>(context, args);
     case DType::f16:
-      launch<f16>(args, stream);
-      break;
+      return launch<f16>(context, args);
     case DType::f64:
-      launch<double>(args, stream);
-      break;
+      return launch<double>(context, args);
   }
-  return cuda::launch_status();
+  return invalid_argument("dropout: dtype: expected f32, bf16, f16 or f64");
 }
 
 }  // namespace pylora::lora

@@ -1,0 +1,72 @@
+// The Python module `_emulated`: settings and records of the emulated device, and a submodule of launchers for each op.
+#include <pybind11/stl.h>
+
+#include <utility>
+
+#include "emu/driver/binder.h"
+
+namespace pylora::emu {
+namespace {
+
+using Define = void (*)(py::module_&);
+
+std::vector<std::pair<const char*, Define>>& registrations() {
+  static std::vector<std::pair<const char*, Define>> all;
+  return all;
+}
+
+py::dict to_dict(const LaunchRecord& record) {
+  py::dict dict;
+  dict["kernel"] = record.kernel;
+  dict["blocks"] = record.blocks;
+  dict["threads"] = record.threads;
+  dict["shared_bytes"] = record.shared_bytes;
+  dict["load_bytes"] = record.load_bytes;
+  dict["store_bytes"] = record.store_bytes;
+  dict["load_sectors"] = record.load_sectors;
+  dict["store_sectors"] = record.store_sectors;
+  dict["atomics"] = record.atomics;
+  dict["mma"] = record.mma;
+  dict["ldmatrix"] = record.ldmatrix;
+  dict["cp_async"] = record.cp_async;
+  dict["barriers"] = record.barriers;
+  dict["spins"] = record.spins;
+  dict["error"] = record.error;
+  return dict;
+}
+
+void configure(uint64_t order, int resident_blocks, int multiprocessors, size_t max_shared_bytes) {
+  if (resident_blocks < 1) throw py::value_error("resident_blocks: expected at least 1");
+  machine().config = {order, resident_blocks, multiprocessors, max_shared_bytes};
+}
+
+/// What was launched since the last call.
+std::vector<py::dict> take_launches() {
+  std::vector<py::dict> records;
+  for (const LaunchRecord& record : machine().launches)
+    records.push_back(to_dict(record));
+  machine().launches.clear();
+  return records;
+}
+
+}  // namespace
+
+Registration::Registration(const char* name, void (*define)(py::module_&)) {
+  registrations().emplace_back(name, define);
+}
+
+}  // namespace pylora::emu
+
+PYBIND11_MODULE(_emulated, module) {
+  using namespace pylora::emu;
+  const Config defaults;
+  module.def("configure", &configure, py::kw_only(), py::arg("order") = defaults.order,
+             py::arg("resident_blocks") = defaults.resident_blocks,
+             py::arg("multiprocessors") = defaults.multiprocessors,
+             py::arg("max_shared_bytes") = defaults.max_shared_bytes);
+  module.def("take_launches", &take_launches);
+  for (const auto& [name, define] : registrations()) {
+    py::module_ submodule = module.def_submodule(name);
+    define(submodule);
+  }
+}
