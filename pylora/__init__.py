@@ -50,6 +50,7 @@ _EXPORTS = {
         "PyloraBuildError",
         "UnsupportedFeatureError",
     ),
+    "pylora.integrations.patch_peft": ("patch_peft", "unpatch_peft"),
     "pylora.model.auto": (
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",
@@ -134,6 +135,8 @@ if TYPE_CHECKING:  # the same table for type checkers, which cannot read the one
     from pylora.errors import PeftWarning as PeftWarning
     from pylora.errors import PyloraBuildError as PyloraBuildError
     from pylora.errors import UnsupportedFeatureError as UnsupportedFeatureError
+    from pylora.integrations.patch_peft import patch_peft as patch_peft
+    from pylora.integrations.patch_peft import unpatch_peft as unpatch_peft
     from pylora.layers.undo import merge_log_bytes as merge_log_bytes
     from pylora.layers.variants.dora_cache import DoraCaching as DoraCaching
     from pylora.layers.variants.dora_cache import invalidate as invalidate

@@ -101,7 +101,12 @@ class _Dora(LoraVariant):
     def _factor(cls, module: Any, name: str) -> torch.Tensor:
         """magnitude / norm for each row, [out], differentiable by the magnitude."""
         magnitude = module.lora_magnitude_vector[name]
-        return magnitude(cls._kept_row_norms(module, name, magnitude._kept_norms)).flatten()
+        return cls._row_factor(magnitude, cls._kept_row_norms(module, name, magnitude._kept_norms)).flatten()
+
+    @staticmethod
+    def _row_factor(magnitudes: Any, norm: torch.Tensor) -> torch.Tensor:
+        """magnitude / norm, in the magnitudes' shape."""
+        return magnitudes(norm)
 
     @classmethod
     def _kept_row_norms(cls, module: Any, name: str, kept: KeptNorms) -> torch.Tensor:
@@ -151,7 +156,7 @@ class _Dora(LoraVariant):
     def delta(cls, module: Any, active_adapter: str) -> Delta:
         unmerged = module._unmerged()
         norm = cls._row_norms(module, active_adapter, unmerged.weight, unmerged.weight.device)
-        factor = module.lora_magnitude_vector[active_adapter](norm).detach().flatten()
+        factor = cls._row_factor(module.lora_magnitude_vector[active_adapter], norm).detach().flatten()
         # The forward does not scale the base bias, but it does scale the bias of an adapter that came before.
         has_biases = unmerged.bias is not None and any(module.lora_bias.values())
         kept_bias = unmerged.bias.detach().clone() if has_biases else None
@@ -224,7 +229,7 @@ class DoraLinearVariant(_DoraOnModules):
         magnitudes = module._modules["lora_magnitude_vector"]._modules[active_adapter]
         parameters = magnitudes._parameters
         magnitude = parameters.get("weight")
-        if type(magnitudes) is not DoraLinearLayer or type(magnitude) not in _PLAIN_TENSORS or _is_hooked(magnitudes):
+        if type(magnitudes) is not cls.layer_cls or type(magnitude) not in _PLAIN_TENSORS or _is_hooked(magnitudes):
             return None
         rng = draw_rng(x.device) if dropout_p > 0.0 else None
         if torch.compiler.is_compiling():
