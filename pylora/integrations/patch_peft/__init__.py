@@ -84,17 +84,19 @@ def _warn(reason: str) -> None:
 
 
 def _patch() -> None:
+    from pylora.integrations.patch_peft.calls import patch_calls
     from pylora.integrations.patch_peft.dora import patch_dora
     from pylora.integrations.patch_peft.forward import patch_forward
     from pylora.integrations.patch_peft.merge import patch_merging
     from pylora.integrations.patch_peft.weighted import patch_weighted
 
-    layer, model, variants, dora = (_module(name) for name in ("layer", "model", "variants", "dora"))
+    layer, model, variants, dora = (_module(f"tuners.lora.{name}") for name in ("layer", "model", "variants", "dora"))
     patch_dora(_changes, dora, variants)
     patch_forward(_changes, layer, variants)
     patch_merging(_changes, layer, variants, model)
     patch_weighted(_changes, model)
+    patch_calls(_changes, _module("peft_model"), model)
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"peft.tuners.lora.{name}")
+    return importlib.import_module(f"peft.{name}")

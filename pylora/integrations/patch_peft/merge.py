@@ -93,7 +93,7 @@ class Served:
 
     def owns_merges(self, module: Any) -> bool:
         """Whether the layer holds what pylora has merged, as far as it is merged."""
-        merged = [delta.adapter_name for record in _records(module) for delta in record.deltas]
+        merged = [delta.adapter_name for record in _RECORDS.get(module, ()) for delta in record.deltas]
         return merged == module.merged_adapters
 
 
