@@ -1,6 +1,7 @@
 """Making one adapter out of several: arithmetic on tensors, and the same on low-rank factors."""
 
 from pylora.combine.arithmetic import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from pylora.combine.configs import check_combination, combined_config, combined_rank
 from pylora.combine.factors import (
     COMBINATIONS,
     EQUAL_RANK_KINDS,
@@ -17,7 +18,10 @@ __all__ = [
     "SVD_KINDS",
     "Combination",
     "Term",
+    "check_combination",
     "combine_terms",
+    "combined_config",
+    "combined_rank",
     "dare_linear",
     "dare_ties",
     "magnitude_prune",

@@ -76,3 +76,13 @@ def require_supported(config: Any) -> None:
             raise UnsupportedFeatureError(
                 f"{type(config).__name__}: {name}={value!r}: pylora has no mechanism for this yet"
             )
+
+
+# Schemes whose adapters belong to a base weight from which they have taken something.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def belongs_to_changed_base(config: Any) -> bool:
+    """Whether an adapter of this configuration fits no untouched base: its initialisation changed the weights."""
+    scheme = getattr(config, "init_lora_weights", True)
+    return isinstance(scheme, str) and scheme.startswith(_CHANGES_BASE)

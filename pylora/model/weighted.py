@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pylora.combine import COMBINATIONS, EQUAL_RANK_KINDS, SVD_KINDS, Combination, Term, combine_terms
+from pylora.combine import (
+    SVD_KINDS,
+    Combination,
+    Term,
+    check_combination,
+    combine_terms,
+    combined_config,
+    combined_rank,
+)
 from pylora.layers import LoraLayer, tuner_layers, walk
 from pylora.model.factor_access import factors_of, set_factors
 from pylora.model.modules_to_save import ModulesToSaveWrapper
@@ -19,23 +25,15 @@ from pylora.model.snapshot import ModelSnapshot
 if TYPE_CHECKING:
     from pylora.model.lora_model import LoraModel
 
-_PRUNING = ("ties", "dare", "magnitude_prune")
-
 
 def add_weighted_adapter(
     tuner: LoraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
 ) -> None:
     """See `LoraModel.add_weighted_adapter`; `how.rank` is `svd_rank`, 0 for none."""
-    kind = _check(tuner, adapters, weights, how)
-    ranks = [_largest_rank(tuner.peft_config[name]) for name in adapters]
-    if kind in EQUAL_RANK_KINDS and len(set(ranks)) != 1:
-        raise ValueError(
-            f"All adapters must have the same r value when using combination_type {kind!r}, got {ranks}: use 'svd' or "
-            "'cat'."
-        )
-    rank = sum(ranks) if kind == "cat" else (how.rank if kind in SVD_KINDS else 0) or max(ranks)
-    how = dataclasses.replace(how, kind=kind, rank=rank)
-    config = _new_config(tuner, adapters, rank)
+    how = dataclasses.replace(how, kind=_check(tuner, adapters, weights, how))
+    configs = [tuner.peft_config[name] for name in adapters]
+    how = dataclasses.replace(how, rank=combined_rank(configs, how))
+    config: Any = combined_config(configs, how.rank)
     weight_of = list(zip(adapters, map(float, weights), strict=True))
 
     before, active = ModelSnapshot(tuner.model), tuner.active_adapter
@@ -84,61 +82,12 @@ def _check(tuner: LoraModel, adapters: Sequence[str], weights: Sequence[float], 
             f"{shared} such instance(s)."
         )
     kind = "linear" if len(adapters) == 1 else how.kind
-    if kind not in COMBINATIONS:
-        raise ValueError(f"Invalid combination_type: {kind}, expected one of {', '.join(sorted(COMBINATIONS))}")
-    _check_options(tuner, kind, how)
-    return kind
-
-
-def _check_options(tuner: LoraModel, kind: str, how: Combination) -> None:
-    if kind.startswith(_PRUNING):
-        if how.density is None:
-            raise TypeError(f"density: expected a number from 0 to 1 for combination_type={kind!r}, got None")
-        if how.density < 0:
-            raise ValueError(f"Density should be >= 0, got {how.density}")
-    if "ties" in kind and how.majority_sign_method not in ("total", "frequency"):
-        raise RuntimeError(
-            f'Unimplemented mask method "{how.majority_sign_method}": majority_sign_method is "total" or "frequency"'
-        )
+    check_combination(dataclasses.replace(how, kind=kind))
     if kind in SVD_KINDS and how.svd_driver is not None:
         devices = {parameter.device.type for parameter in tuner.model.parameters()}
         if devices != {"cuda"}:
             raise RuntimeError(f"svd_driver: expected None except on CUDA, got {how.svd_driver!r} on {sorted(devices)}")
-
-
-def _largest_rank(config: Any) -> int:
-    return max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
-
-
-def _new_config(tuner: LoraModel, adapters: Sequence[str], rank: int) -> Any:
-    """The first adapter's configuration for the combined targets, with scaling 1 everywhere."""
-    configs: list[Any] = [tuner.peft_config[name] for name in adapters]
-    targets = [config.target_modules for config in configs]
-    types = {type(each) for each in targets}
-    if len(types) > 1:
-        raise ValueError(
-            "all adapter configs should follow the same target modules type. Combining adapters with `target_modules` "
-            "type being a mix of list/set and string is not supported."
-        )
-    combined: Any
-    if types == {str}:
-        combined = "|".join(f"({each})" for each in targets)
-    elif types == {set}:
-        combined = reduce(or_, targets)
-    else:
-        raise TypeError(f"Invalid type {types.pop()} found in target_modules")
-    config = dataclasses.replace(
-        configs[0],
-        r=rank,
-        lora_alpha=rank,
-        use_rslora=False,
-        target_modules=combined,
-        alpha_pattern={},
-        rank_pattern={},
-        lora_bias=any(config.lora_bias for config in configs),
-    )
-    config._custom_modules = configs[0]._custom_modules
-    return config
+    return kind
 
 
 def _fill(layer: LoraLayer, adapter_name: str, weight_of: list[tuple[str, float]], how: Combination) -> None:
