@@ -323,3 +323,28 @@ def test_killed_at_random_moments(make, tmp_path):
             assert list(tmp_path.glob(f".out{i}.*")) == []
     assert outcomes["absent"] > 0, f"nothing was interrupted in {time.perf_counter() - start:.1f} s"
     assert digest(made.base) | digest(made.adapter) == before
+
+
+def test_memory_holds_one_tensor(make, tmp_path):
+    """What a merge of 100 MB takes beside the imports is a small part of it."""
+    made = make(
+        llama(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, vocab_size=1000),
+        pylora.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+        shard="1GB",
+    )
+    assert (made.base / "model.safetensors").stat().st_size > 100e6
+    script = (
+        "import sys, resource\n"
+        "from typer.testing import CliRunner\n"
+        "from pylora.cli.app import build_app\n"
+        "import torch, tqdm, safetensors.torch, pylora.model, pylora.offline.check\n"
+        "from pylora.offline import adapter, base, merge\n"
+        "app, before = build_app(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "result = CliRunner().invoke(app, ['merge', *sys.argv[1:]])\n"
+        "assert result.exit_code == 0, result.output\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    command = [sys.executable, "-c", script, made.base, made.adapter, tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 50_000, "KiB"
