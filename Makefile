@@ -9,7 +9,8 @@ BENCH ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONFIGURE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPYLORA_TESTS=ON
-CXX_FILES := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+EMULATE := $(CONFIGURE) -DPYLORA_EMULATE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+CXX_FILES := $(shell find csrc tests/csrc tests/emu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 NATIVE_INPUTS := setup.py pyproject.toml CMakeLists.txt pylora/_version.py pylora/_source_hash.py \
   $(shell find csrc cmake -type f 2>/dev/null)
 
@@ -17,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install build test ctest pytest sanitize test-arm lint format demo bench cuda wheel sdist doctor clean distclean
+.PHONY: help install build test ctest pytest sanitize test-arm lint format demo bench cuda emulate wheel sdist doctor clean distclean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -87,6 +88,13 @@ bench: $(VENV)/.built  ## Time pylora beside PEFT and the bare layer; BENCH="lor
 cuda: $(VENV)/.installed  ## Compile and link the CUDA kernels with the torch that is there (a CPU one will do; needs nvcc).
 	PYLORA_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda
 	$(BIN)/python tests/build/cuda_smoke.py build/cuda
+
+# The tests of csrc/emu/README.md's emulator and, through it, of every CUDA kernel.
+emulate: $(VENV)/.built  ## Run the CUDA kernels and their launchers on the CPU, in an emulator, against the references.
+	@mkdir -p build/emulate
+	@$(EMULATE) -B build/emulate > build/emulate/configure.log || { cat build/emulate/configure.log; exit 1; }
+	$(BIN)/cmake --build build/emulate --target _emulated
+	PYLORA_EMULATED=build/emulate OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emu $(wildcard tests/cuda) $(PYTEST)
 
 wheel: $(VENV)/.installed  ## Build a wheel, install it into an empty venv and use it there.
 	rm -rf dist/*.whl build/wheel-venv

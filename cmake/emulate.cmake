@@ -9,8 +9,7 @@ add_library(pylora_emulated_flags INTERFACE)
 target_link_libraries(pylora_emulated_flags INTERFACE pylora_flags)
 target_compile_definitions(pylora_emulated_flags INTERFACE PYLORA_EMULATE=1)
 # The library runs on the machine that built it. Contraction is off so that __fmul_rn and __fadd_rn mean what they say.
-# -g1: traps and sanitizers name lines.
-target_compile_options(pylora_emulated_flags INTERFACE -O2 -g1 -march=native -ffp-contract=off)
+target_compile_options(pylora_emulated_flags INTERFACE -O2 -march=native -ffp-contract=off)
 if(PYLORA_SANITIZE STREQUAL "thread")
   target_compile_definitions(pylora_emulated_flags INTERFACE PYLORA_EMULATE_TSAN=1)
 endif()
@@ -24,14 +23,27 @@ if(PYLORA_SANITIZE STREQUAL "thread")
   target_compile_options(pylora_emulator PRIVATE -fno-sanitize=thread)
 endif()
 
-set_source_files_properties(${PYLORA_EMULATED_SOURCES} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
+# The emulator's own tests come with kernels.
+if(PYLORA_TESTS)
+  file(GLOB PYLORA_EMU_TEST_SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/emu/*.cu)
+  file(GLOB PYLORA_EMU_TEST_DRIVER CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/emu/*.cpp)
+  list(APPEND PYLORA_EMULATED_SOURCES ${PYLORA_EMU_TEST_SOURCES})
+  list(APPEND PYLORA_DRIVER_SOURCES ${PYLORA_EMU_TEST_DRIVER})
+endif()
+
+set_source_files_properties(${PYLORA_EMULATED_SOURCES} PROPERTIES LANGUAGE CXX)
 add_library(pylora_emulated STATIC ${PYLORA_EMULATED_SOURCES} $<TARGET_OBJECTS:pylora_emulator>)
 target_link_libraries(pylora_emulated PRIVATE pylora_emulated_flags)
 target_compile_options(pylora_emulated PRIVATE -fno-exceptions -Wno-unknown-pragmas)
 
+# pybind11 is the copy that comes with torch, as in the extension; torch itself is not linked.
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
-execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
-  OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-find_package(pybind11 REQUIRED CONFIG)
-pybind11_add_module(_emulated NO_EXTRAS ${PYLORA_DRIVER_SOURCES})
-target_link_libraries(_emulated PRIVATE pylora_emulated pylora_emulated_flags)
+execute_process(
+  COMMAND ${Python_EXECUTABLE} -c "import importlib.util, pathlib, sysconfig; print(pathlib.Path(importlib.util.find_spec('torch').origin).parent / 'include', sysconfig.get_config_var('EXT_SUFFIX'), sep=';')"
+  OUTPUT_VARIABLE PYLORA_PYTHON OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+list(GET PYLORA_PYTHON 0 PYLORA_PYBIND11_INCLUDE)
+list(GET PYLORA_PYTHON 1 PYLORA_MODULE_SUFFIX)
+add_library(_emulated MODULE ${PYLORA_DRIVER_SOURCES})
+target_include_directories(_emulated SYSTEM PRIVATE ${PYLORA_PYBIND11_INCLUDE})
+target_link_libraries(_emulated PRIVATE pylora_emulated pylora_emulated_flags Python::Module)
+set_target_properties(_emulated PROPERTIES PREFIX "" SUFFIX ${PYLORA_MODULE_SUFFIX})

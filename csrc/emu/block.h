@@ -106,6 +106,17 @@ void yield(State state);
 /// As trap(), for threads that wait and cannot say it themselves; returns.
 void fail(const Thread* thread, Site site, const char* message);
 
+/// What TSan is told of an order between threads; nothing in other builds.
+void order_release(const void* tag);
+void order_acquire(const void* tag);
+
+/// Which blocks' writes which others may rely on: order.cpp.
+void clear_order(int64_t blocks);
+/// How often the block has released. A write is covered by the release after it.
+uint32_t num_releases(int64_t block);
+/// Whether `reader` has acquired a release of `writer` that came after the first `releases` ones.
+bool is_released(int64_t writer, uint32_t releases, int64_t reader);
+
 /// Counters and shadows of memory.cpp: cleared before a launch, read into its record after it.
 void clear_shadows();
 void count_sectors(LaunchRecord& record);

@@ -3,23 +3,7 @@
 
 #include "emu/block.h"
 
-#if defined(PYLORA_EMULATE_TSAN)
-#include <sanitizer/tsan_interface.h>
-#endif
-
 namespace pylora::emu {
-
-void order_release([[maybe_unused]] const void* tag) {
-#if defined(PYLORA_EMULATE_TSAN)
-  __tsan_release(const_cast<void*>(tag));
-#endif
-}
-
-void order_acquire([[maybe_unused]] const void* tag) {
-#if defined(PYLORA_EMULATE_TSAN)
-  __tsan_acquire(const_cast<void*>(tag));
-#endif
-}
 
 namespace {
 
@@ -47,6 +31,9 @@ void arrive_at(Barrier& barrier, int threads, bool wait, const char* name, Site 
     barrier.expected = threads;
     barrier.site = site;
   }
+  // The hardware would let these meet, but no compiler promises that they are one barrier.
+  const bool divergent = &barrier == &thread.block->barriers[0] && barrier.site.line != site.line;
+  if (divergent) trap(site, "%s, while other threads wait in the one at line %d", name, barrier.site.line);
   if (barrier.expected != threads) {
     trap(site, "%s: %d threads expected here, %d at line %d", name, threads, barrier.expected, barrier.site.line);
   }

@@ -43,7 +43,7 @@ Status launch(const char* signature, Dim3 grid, Dim3 block, size_t shared_bytes,
 
 // Global memory.
 
-enum class LoadKind : uint8_t { readonly, uniform, own, coherent };
+enum class LoadKind : uint8_t { readonly, uniform, own, coherent, acquire };
 
 void check_load(const void* p, size_t bytes, LoadKind kind, Site site);
 void check_store(const void* p, size_t bytes, Site site);
@@ -123,9 +123,9 @@ inline void cp_async_wait(int pending) {
 
 // Between blocks.
 
-/// What TSan is told of an order between threads; nothing in other builds.
-void order_release(const void* tag);
-void order_acquire(const void* tag);
+/// What this thread and, as a barrier came before, its block have written is for those who acquire the counter.
+void release_to(const int* counter);
+void acquire_from(const int* counter);
 /// Lets other blocks run before this one goes on.
 void give_way(Site site);
 /// The same, and says that the thread found nothing to do.
@@ -164,17 +164,17 @@ inline int atomic_cas(int* p, int expected, int desired, Site site) {
 }
 
 inline int arrive(int* counter, int amount, Site site) {
-  order_release(counter);
+  release_to(counter);
   const int before = atomic_add(counter, amount, site);
-  order_acquire(counter);
+  acquire_from(counter);
   give_way(site);
   return before;
 }
 
 inline int load_acquire(const int* p, Site site) {
-  check_load(p, sizeof(int), LoadKind::coherent, site);
+  check_load(p, sizeof(int), LoadKind::acquire, site);
   const int value = __atomic_load_n(p, __ATOMIC_RELAXED);
-  order_acquire(p);
+  acquire_from(p);
   return value;
 }
 

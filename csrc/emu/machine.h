@@ -17,9 +17,10 @@ struct Config {
   int resident_blocks = 4;  // that interleave
   int multiprocessors = 4;
   size_t max_shared_bytes = 99 * 1024;  // sm_86 and sm_89 have the least
+  bool check_regions = true;            // off, a sanitizer alone judges addresses
 };
 
-/// Memory that kernels may touch. Where there are none, addresses go unchecked.
+/// Memory that kernels may touch. Where there are no regions, addresses go unchecked.
 struct Region {
   uintptr_t begin = 0, end = 0;
   bool writable = false;

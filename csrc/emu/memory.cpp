@@ -71,12 +71,17 @@ struct SectorPage {
   }
 };
 
-/// For each unit of two bytes who has written it, as the block's number + 1, and whether it was read as read-only.
-struct UnitPage {
-  uint32_t writer[kPageBytes / kUnitBytes] = {};
+/// For each unit of two bytes who wrote it last (the block's number + 1; 0: nobody), how often that block had released
+/// by then, and whether the unit was read as read-only.
+struct Unit {
+  uint32_t writer : 31;
+  uint32_t readonly : 1;
+  uint32_t releases;
 };
 
-constexpr uint32_t kReadOnly = 0x80000000u;
+struct UnitPage {
+  Unit unit[kPageBytes / kUnitBytes] = {};
+};
 
 Shadow<SectorPage> loaded, stored;
 Shadow<UnitPage> units;
@@ -90,7 +95,7 @@ void touch(Shadow<SectorPage>& shadow, uintptr_t address, size_t bytes) {
 void check_address(uintptr_t address, size_t bytes, bool write, const char* what, Site site) {
   running_thread().site = site;
   const std::vector<Region>& regions = machine().regions;
-  if (regions.empty()) return;
+  if (regions.empty() || !machine().config.check_regions) return;
   static size_t latest = 0;
   for (size_t tries = 0; tries < regions.size(); ++tries) {
     const Region& region = regions[latest < regions.size() ? latest : latest = 0];
@@ -119,30 +124,57 @@ void check_alignment(uintptr_t address, size_t bytes, const char* what, Site sit
   }
 }
 
-uint32_t this_block() { return (static_cast<uint32_t>(running_thread().block->linear) + 1) & ~kReadOnly; }
+/// Whether this block may read or overwrite what the unit's writer left.
+bool may_follow(const Unit& unit, int64_t block) {
+  const int64_t writer = static_cast<int64_t>(unit.writer) - 1;
+  return unit.writer == 0 || writer == block || is_released(writer, unit.releases, block);
+}
 
-void note_read(uintptr_t address, size_t bytes, LoadKind kind, Site site) {
-  const bool readonly = kind == LoadKind::readonly || kind == LoadKind::uniform;
-  const uint32_t block = this_block();
-  for (uintptr_t at = address; at < address + bytes; at += kUnitBytes) {
-    UnitPage* const page = readonly ? &units.at(at) : units.find(at);
-    if (page == nullptr) return;
-    uint32_t& unit = page->writer[at % kPageBytes / kUnitBytes];
-    const uint32_t writer = unit & ~kReadOnly;
-    if (readonly && writer != 0) trap(site, "a read-only load of what block %u of this launch has written", writer - 1);
-    if (kind == LoadKind::own && writer != 0 && writer != block) {
-      trap(site, "load_global of what block %u of this launch has written: expected load_coherent", writer - 1);
-    }
-    if (readonly) unit |= kReadOnly;
+void check_unit_read(const Unit& unit, LoadKind kind, Site site) {
+  const uint32_t writer = unit.writer - 1;
+  const int64_t block = running_thread().block->linear;
+  switch (kind) {
+    case LoadKind::readonly:
+    case LoadKind::uniform:
+      trap(site, "a read-only load of what block %u of this launch has written", writer);
+    case LoadKind::own:
+      if (writer != block) {
+        trap(site, "load_global of what block %u of this launch has written: expected load_coherent", writer);
+      }
+      return;
+    case LoadKind::coherent:
+      if (!may_follow(unit, block)) {
+        trap(site, "load_coherent of what block %u has written, with no arrive() and acquire between", writer);
+      }
+      return;
+    case LoadKind::acquire:
+      return;
   }
 }
 
-void note_write(uintptr_t address, size_t bytes, Site site) {
-  const uint32_t block = this_block();
+void note_read(uintptr_t address, size_t bytes, LoadKind kind, Site site) {
+  const bool readonly = kind == LoadKind::readonly || kind == LoadKind::uniform;
   for (uintptr_t at = address; at < address + bytes; at += kUnitBytes) {
-    uint32_t& unit = units.at(at).writer[at % kPageBytes / kUnitBytes];
-    if ((unit & kReadOnly) != 0) trap(site, "a store to what this launch has read with a read-only load");
-    unit = block;
+    UnitPage* const page = readonly ? &units.at(at) : units.find(at);
+    if (page == nullptr) return;
+    Unit& unit = page->unit[at % kPageBytes / kUnitBytes];
+    if (unit.writer != 0) check_unit_read(unit, kind, site);
+    if (readonly) unit.readonly = 1;
+  }
+}
+
+void note_write(uintptr_t address, size_t bytes, bool atomic, Site site) {
+  const int64_t block = running_thread().block->linear;
+  const uint32_t releases = num_releases(block);
+  for (uintptr_t at = address; at < address + bytes; at += kUnitBytes) {
+    Unit& unit = units.at(at).unit[at % kPageBytes / kUnitBytes];
+    if (unit.readonly != 0) trap(site, "a store to what this launch has read with a read-only load");
+    if (!atomic && !may_follow(unit, block)) {
+      trap(site, "a store to what block %u has written, with no arrive() and acquire between",
+           static_cast<uint32_t>(unit.writer) - 1);
+    }
+    unit.writer = static_cast<uint32_t>(block + 1);
+    unit.releases = releases;
   }
 }
 
@@ -205,7 +237,7 @@ void check_store(const void* p, size_t bytes, Site site) {
   const auto address = reinterpret_cast<uintptr_t>(p);
   check_alignment(address, bytes, "store", site);
   check_address(address, bytes, true, "store", site);
-  note_write(address, bytes, site);
+  note_write(address, bytes, false, site);
   current_launch->record.store_bytes += static_cast<int64_t>(bytes);
   touch(stored, address, bytes);
 }
@@ -214,7 +246,7 @@ void check_atomic(const void* p, size_t bytes, Site site) {
   const auto address = reinterpret_cast<uintptr_t>(p);
   check_alignment(address, bytes, "atomic", site);
   check_address(address, bytes, true, "atomic", site);
-  note_write(address, bytes, site);
+  note_write(address, bytes, true, site);
   ++current_launch->record.atomics;
   touch(loaded, address, bytes);
   touch(stored, address, bytes);

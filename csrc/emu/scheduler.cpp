@@ -43,10 +43,12 @@ std::string text(const char* format, ...) {
   return buffer;
 }
 
+/// file:line, the file from the repository's root on.
 std::string place(Site site) {
   const std::string file = site.file;
-  const size_t folder = file.rfind("csrc/");
-  return text("%s:%d", file.c_str() + (folder == std::string::npos ? 0 : folder), site.line);
+  size_t begin = file.rfind("csrc/");
+  if (begin == std::string::npos) begin = file.rfind("tests/");
+  return text("%s:%d", file.c_str() + (begin == std::string::npos ? 0 : begin), site.line);
 }
 
 /// "[with auto kernel = pylora::lora::dropout_kernel<float>; Args = ..." to the kernel's name.
@@ -317,6 +319,7 @@ Status launch(const char* signature, Dim3 grid, Dim3 block, size_t shared_bytes,
     const FaultHandler handler;
     current_launch = &launch;
     clear_shadows();
+    clear_order(record.blocks);
     Scheduler(launch).run();
     count_sectors(record);
     current_launch = nullptr;

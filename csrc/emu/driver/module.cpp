@@ -35,9 +35,9 @@ py::dict to_dict(const LaunchRecord& record) {
   return dict;
 }
 
-void configure(uint64_t order, int resident_blocks, int multiprocessors, size_t max_shared_bytes) {
+void configure(uint64_t order, int resident_blocks, int multiprocessors, size_t max_shared_bytes, bool check_regions) {
   if (resident_blocks < 1) throw py::value_error("resident_blocks: expected at least 1");
-  machine().config = {order, resident_blocks, multiprocessors, max_shared_bytes};
+  machine().config = {order, resident_blocks, multiprocessors, max_shared_bytes, check_regions};
 }
 
 /// What was launched since the last call.
@@ -60,10 +60,10 @@ Registration::Registration(const char* name, void (*define)(py::module_&)) {
 PYBIND11_MODULE(_emulated, module) {
   using namespace pylora::emu;
   const Config defaults;
-  module.def("configure", &configure, py::kw_only(), py::arg("order") = defaults.order,
-             py::arg("resident_blocks") = defaults.resident_blocks,
-             py::arg("multiprocessors") = defaults.multiprocessors,
-             py::arg("max_shared_bytes") = defaults.max_shared_bytes);
+  module.def(
+      "configure", &configure, py::kw_only(), py::arg("order") = defaults.order,
+      py::arg("resident_blocks") = defaults.resident_blocks, py::arg("multiprocessors") = defaults.multiprocessors,
+      py::arg("max_shared_bytes") = defaults.max_shared_bytes, py::arg("check_regions") = defaults.check_regions);
   module.def("take_launches", &take_launches);
   for (const auto& [name, define] : registrations()) {
     py::module_ submodule = module.def_submodule(name);
