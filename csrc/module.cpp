@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bgmv/call.h"
+#include "binding/dense_layer.h"
 #include "binding/status.h"
 #include "cpu/isa.h"
 #include "dora/call.h"
@@ -81,6 +82,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("dropout_p"), arg("rng"), no_gil);
   m.def("lora_add", &lora::call_add, arg("base"), arg("x"), arg("a"), arg("b"), arg("scaling"), arg("dropout_p"),
         arg("rng"), no_gil);
+  if (PyModule_AddFunctions(m.ptr(), binding::dense_layer_functions()) < 0) throw py::error_already_set();
   m.def("lora_dropout", &lora::call_dropout, arg("x"), arg("dropout_p"), arg("rng"), no_gil);
 
   m.def("dora_row_squares", &dora::call_row_squares, arg("weight"), no_gil);

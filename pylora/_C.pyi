@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __version__: str
 
@@ -32,6 +32,14 @@ def lora_add(
     base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout_p: float, rng: Tensor | None
 ) -> Tensor: ...
 def lora_dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor: ...
+def dense_forward(layer: nn.Module, x: Tensor, /) -> Tensor | None:
+    """A `pylora.layers.Linear`'s forward by an op; None where its modules have to be called."""
+
+def dense_mixed_forward(
+    layer: nn.Module, x: Tensor, names: tuple[str, ...], order: Tensor, indptr: Tensor, slots: Tensor, /
+) -> Tensor | None:
+    """The same for a batch whose rows have different adapters; slot i is names[i]. The last three are a `BatchPlan`."""
+
 def dora_row_squares(weight: Tensor) -> Tensor: ...
 def dora_row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor: ...
 def dora_linear(

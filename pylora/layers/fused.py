@@ -1,13 +1,12 @@
-"""What a dense layer's forward needs for the op, found by one walk over its modules and kept until one of them changes.
+"""A dense layer's forward by ops, in Python, for torch.compile to trace.
 
-The walk costs 7 us, a twelfth of a decode step's product at width 1024; checking that it would find the same takes 0.9.
-Only modules are kept. Tensors, scaling and dropout are read at every call (2 us), since `.to()`, `load_state_dict`, an
-optimizer or FSDP may exchange or rewrite them at any time.
+Eager calls go to `pylora.ops.dense_forward` and `dense_mixed_forward`, which do the same in C++
+(csrc/binding/dense_layer.cpp); the tests hold them to the functions here. Nothing is kept between calls, since `.to()`,
+`load_state_dict`, an optimizer, a hook or FSDP may change modules and tensors at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +15,15 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from pylora.layers.base_weight import conv1d_class
+from pylora.ops import AdapterPools, BatchPlan, lora_add, lora_linear, multi_lora_linear
 
 # Dtypes the ops compute in; a base weight of another one (quantised) goes through its module.
 _OP_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
-_CONTAINERS = ("lora_A", "lora_B", "lora_dropout")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Operands(NamedTuple):
-    """A forward's tensors; the adapters' in columns, which costs a third of one object an adapter.
+    """A forward's tensors and numbers; the adapters' in columns.
 
     Attributes:
         weight: [out_features, in_features], any strides.
@@ -39,143 +37,103 @@ class Operands(NamedTuple):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    names: tuple[str, ...]
+    names: list[str]
     a: list[torch.Tensor]
     b: list[torch.Tensor]
     scalings: list[float]
     dropout_ps: list[float]
 
 
-def calls_are_observed() -> bool:
+def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The forward in one op (and one more for each further adapter), or None where a module has to be called.
+
+    Args:
+        layer: A `pylora.layers.Linear`.
+        x: [..., in_features].
+    """
+    if layer.merged_adapters or layer._disable_adapters:
+        return None
+    active = layer._active_adapter
+    operands = read(layer, x, (active,) if type(active) is str else active)
+    if operands is None:
+        return None
+    weight, bias, names, all_a, all_b, scalings, dropout_ps = operands
+    a, b, scaling, p = all_a[0], all_b[0], scalings[0], dropout_ps[0]
+    variants = layer.lora_variant
+    if any(name in variants for name in names):
+        # A variant's op has its place in the order of adapters only if there is no other.
+        if len(names) > 1:
+            return None
+        return variants[names[0]].fused_forward(layer, names[0], x, weight, bias, a, b, scaling, p)
+    result = lora_linear(x, weight, bias, a, b, scaling, p)
+    for i in range(1, len(names)):
+        result = lora_add(result, x, all_a[i], all_b[i], scalings[i], dropout_ps[i])
+    return result
+
+
+def mixed_forward(layer: Any, x: torch.Tensor, names: tuple[str, ...], plan: BatchPlan) -> torch.Tensor | None:
+    """The forward of a batch whose rows have different adapters in one op, or None where a module has to be called.
+
+    Args:
+        layer: A `pylora.layers.Linear`.
+        x: [rows, ..., in_features].
+        names: Adapters of the layer without a variant; slot i of the plan is names[i].
+        plan: The slots of the rows.
+    """
+    operands = read(layer, x, names)
+    if operands is None:
+        return None
+    weight, bias, _, a, b, scalings, dropout_ps = operands
+    pools = AdapterPools(a, b, scalings, dropout_ps if any(dropout_ps) else ())
+    return multi_lora_linear(x, weight, bias, pools, plan)
+
+
+def read(layer: Any, x: torch.Tensor, names: tuple[str, ...] | list[str]) -> Operands | None:
+    """What the ops take for a forward on x, or None where the modules have to be called: hooked, replaced, subclassed
+    or parametrised ones, other dtypes, other kinds of tensor, none of the adapters on this layer.
+
+    Args:
+        layer: A `pylora.layers.Linear`.
+        x: The input.
+        names: Adapters; those that the layer does not have are passed over.
+    """
+    modules = layer._modules
+    base = modules["base_layer"]
+    if _calls_are_observed() or (type(base) is not nn.Linear and type(base) is not conv1d_class()) or _is_hooked(base):
+        return None
+    weight: Any = base._parameters.get("weight")
+    bias: Any = base._parameters.get("bias")
+    if not _are_plain(x, weight) or not (bias is None or _are_plain(bias)) or not _fits(layer, x, weight):
+        return None
+    found, all_a, all_b, scalings, dropout_ps = [], [], [], [], []
+    for name in names:
+        if name not in modules["lora_A"]._modules:
+            continue
+        factors = _read_factors(layer, name, weight.dtype)
+        p = _read_dropout(modules["lora_dropout"]._modules.get(name))
+        if factors is None or p is None:
+            return None
+        a, b, scaling = factors
+        found.append(name)
+        all_a.append(a)
+        all_b.append(b)
+        scalings.append(scaling)
+        dropout_ps.append(p)
+    if not found:
+        return None
+    matrix = weight if type(base) is nn.Linear else weight.t()
+    return Operands(matrix, bias, found, all_a, all_b, scalings, dropout_ps)
+
+
+def _calls_are_observed() -> bool:
     """Whether torch has to see the single calls: global module hooks, and the transforms that the ops have no rule for
     (torch.func's, forward-mode differentiation).
     """
-    return (
+    return bool(
         torch_module._has_any_global_hook()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
-
-
-class FusedModules:
-    """The modules of a layer's base and active adapters, none of them hooked or replaced.
-
-    Holds no reference to the layer, which would make a cycle of it. Copies and pickles of a layer go without.
-    """
-
-    __slots__ = (
-        "_active",
-        "_base",
-        "_base_params",
-        "_containers",
-        "_dicts",
-        "_hooks",
-        "_modules",
-        "_names",
-        "_sources",
-        "_transposed",
-    )
-
-    def __init__(self, layer: Any, base: nn.Module, names: Sequence[str], active: str | Sequence[str]) -> None:
-        self._active = active if type(active) is str else list(active)
-        self._base = base
-        self._base_params = base._parameters
-        self._transposed = type(base) is not nn.Linear
-        self._names = tuple(names)
-        modules = layer._modules
-        self._containers = tuple(modules[name]._modules for name in _CONTAINERS)
-        self._modules = tuple((name, *(each[name] for each in self._containers)) for name in names)
-        self._sources = tuple(
-            (name, a._parameters, b._parameters, None if type(dropout) is nn.Identity else dropout)
-            for name, a, b, dropout in self._modules
-        )
-        watched = [base, *(module for _, *found in self._modules for module in found)]
-        self._dicts = tuple(module.__dict__ for module in watched)
-        self._hooks = tuple(module.__dict__[name] for module in watched for name in _HOOKS)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-    @classmethod
-    def of(cls, layer: Any, names: Sequence[str] | None = None) -> FusedModules | None:
-        """Those of the layer as it is now, or None where one has to be called, or no adapter is active.
-
-        Args:
-            layer: A dense layer.
-            names: Adapters that are asked for in place of the active ones.
-        """
-        modules = layer._modules
-        base = modules["base_layer"]
-        if (type(base) is not nn.Linear and type(base) is not conv1d_class()) or _is_hooked(base):
-            return None
-        active = layer._active_adapter if names is None else names
-        here = modules["lora_A"]._modules
-        found = [name for name in ((active,) if type(active) is str else active) if name in here]
-        if not found or not all(_is_plain(modules, name) for name in found):
-            return None
-        return cls(layer, base, found, active)
-
-    def holds(self, layer: Any, names: Sequence[str] | None = None) -> bool:
-        """Whether `of(layer, names)` would find the same."""
-        modules = layer._modules
-        a_modules, b_modules, dropouts = self._containers
-        if (
-            (layer._active_adapter if names is None else list(names)) != self._active
-            or modules["base_layer"] is not self._base
-            or modules["lora_A"]._modules is not a_modules
-            or modules["lora_B"]._modules is not b_modules
-            or modules["lora_dropout"]._modules is not dropouts
-            or any(self._hooks)
-        ):
-            return False
-        for name, a, b, dropout in self._modules:
-            if a_modules.get(name) is not a or b_modules.get(name) is not b or dropouts.get(name) is not dropout:
-                return False
-        for attributes in self._dicts:  # noqa: SIM110 (a generator costs as much again)
-            if "forward" in attributes:
-                return False
-        return True
-
-    def read(self, layer: Any, x: torch.Tensor) -> Operands | None:
-        """The tensors of a forward on x, or None where the modules have to be called: other dtypes, other kinds of
-        tensor, a parametrised or biased factor. An x of the wrong width is not noticed here.
-        """
-        weight: Any = self._base_params.get("weight")
-        if type(weight) not in _PLAIN_TENSORS or type(x) not in _PLAIN_TENSORS or not x.is_cpu or x.is_nested:
-            return None
-        dtype = weight.dtype
-        if dtype not in _OP_DTYPES or (x.dtype is not dtype and not _autocast_matches(x.dtype, dtype)):
-            return None
-        casts, table = layer.cast_input_dtype_enabled, layer.scaling
-        all_a, all_b, scalings, dropout_ps = [], [], [], []
-        for name, a_params, b_params, dropout in self._sources:
-            a: Any = a_params.get("weight")
-            b: Any = b_params.get("weight")
-            if type(a) not in _PLAIN_TENSORS or type(b) not in _PLAIN_TENSORS:
-                return None
-            if a_params.get("bias") is not None or b_params.get("bias") is not None:
-                return None
-            factor_dtype = a.dtype
-            if factor_dtype is not b.dtype:
-                return None
-            if factor_dtype is not dtype and (factor_dtype is not torch.float32 or not casts):
-                return None
-            scaling = table[name]
-            if type(scaling) is not float and type(scaling) is not int:
-                if type(scaling) is not torch.Tensor or scaling.requires_grad:
-                    return None
-                a, b, scaling = _take_in(scaling, a, b)
-            p = 0.0
-            if dropout is not None and dropout.training:
-                p = dropout.p
-                if dropout.inplace or p >= 1.0:
-                    return None
-            all_a.append(a)
-            all_b.append(b)
-            scalings.append(scaling)
-            dropout_ps.append(p)
-        base = weight.t() if self._transposed else weight
-        return Operands(base, self._base_params.get("bias"), self._names, all_a, all_b, scalings, dropout_ps)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -189,24 +147,49 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(modules: dict[str, Any], name: str) -> bool:
-    """Whether none of the adapter's modules is replaced or hooked."""
-    a, b, dropout = (modules[container]._modules[name] for container in _CONTAINERS)
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
-        return False
-    return not (_is_hooked(a) or _is_hooked(b) or _is_hooked(dropout))
+def _are_plain(*tensors: Any) -> bool:
+    return all(type(tensor) in _PLAIN_TENSORS for tensor in tensors)
 
 
-def _take_in(scaling: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A, B and a number for a scaling that is a tensor: its value, or 1 with B scaled where reading it would break a
-    compiled graph or wait for a device.
+def _fits(layer: Any, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the ops take x beside this weight. Inputs that do not fit go to the modules: torch's error is the one
+    that callers know.
     """
-    if scaling.is_cpu and not torch.compiler.is_compiling():
-        return a, b, scaling.item()
+    if not x.is_cpu or x.is_nested or x.shape[-1:] != (layer.in_features,) or weight.dtype not in _OP_DTYPES:
+        return False
+    if x.dtype is weight.dtype:
+        return True
+    # Autocast brings the two to one dtype, but leaves f64 alone.
+    return torch.is_autocast_enabled("cpu") and torch.float64 not in (x.dtype, weight.dtype)
+
+
+def _read_factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """A, B and the scaling as a number, beside a base weight of `dtype`."""
+    factors: list[Any] = []
+    for container in ("lora_A", "lora_B"):
+        module = layer._modules[container]._modules.get(name)
+        if type(module) is not nn.Linear or _is_hooked(module) or module._parameters.get("bias") is not None:
+            return None
+        factors.append(module._parameters.get("weight"))
+    a, b = factors
+    if not _are_plain(a, b) or a.dtype is not b.dtype:
+        return None
+    if a.dtype is not dtype and not (a.dtype is torch.float32 and layer.cast_input_dtype_enabled):
+        return None
+    scaling = layer.scaling[name]
+    if type(scaling) is float or type(scaling) is int:
+        return a, b, scaling
+    if type(scaling) is not torch.Tensor or scaling.requires_grad or scaling.numel() != 1:
+        return None
+    # A number would have to be read, which breaks a graph.
     wide = torch.promote_types(b.dtype, torch.float32)
     return a.to(wide), b.to(wide) * scaling, 1.0
 
 
-def _autocast_matches(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
-    """Whether autocast brings the two to one dtype; it leaves f64 alone."""
-    return torch.is_autocast_enabled("cpu") and torch.float64 not in (x_dtype, weight_dtype)
+def _read_dropout(dropout: Any) -> float | None:
+    """The probability in effect; None for a module that has to be called."""
+    if type(dropout) not in (nn.Identity, nn.Dropout) or _is_hooked(dropout):
+        return None
+    if type(dropout) is nn.Identity or not dropout.training:
+        return 0.0
+    return None if dropout.inplace or dropout.p >= 1.0 else dropout.p

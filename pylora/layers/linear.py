@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
+from pylora.layers import fused
 from pylora.layers.base_weight import DenseBaseWeight, is_conv1d
 from pylora.layers.delta_layer import DeltaLayer
-from pylora.layers.fused import FusedModules, calls_are_observed
 from pylora.layers.registry import register_layer
 from pylora.layers.row_names import RowNames
-from pylora.ops import AdapterPools, lora_add, lora_linear, multi_lora_linear
+from pylora.ops import dense_forward, dense_mixed_forward
 
 
 class Linear(DeltaLayer):
@@ -46,8 +47,6 @@ class Linear(DeltaLayer):
     ) -> None:
         super().__init__(base_layer, **kwargs)
         self.fan_in_fan_out = config.fan_in_fan_out
-        self._fused_modules: FusedModules | None = None
-        self._fused_mixed_modules: FusedModules | None = None
         self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
@@ -63,53 +62,24 @@ class Linear(DeltaLayer):
         Raises:
             ValueError: `adapter_names` has another length than x, or the layer is merged.
         """
-        if not args and not kwargs and not self._disable_adapters and not self.merged_adapters:
-            result = self._fused_forward(x)
+        if not args and not kwargs:
+            # One call, as each bytecode and each object that it touches may have to come from memory.
+            result = fused.forward(self, x) if is_dynamo_compiling() else dense_forward(self, x)
             if result is not None:
                 return result
         return super().forward(x, *args, **kwargs)
 
-    def _fused_forward(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The forward in one op (and one more for each further adapter), or None where a module has to be called."""
-        compiling = torch.compiler.is_compiling()
-        modules = None if compiling else self._fused_modules
-        if modules is None or not modules.holds(self):
-            modules = FusedModules.of(self)
-            if not compiling:
-                self._fused_modules = modules
-        operands = None if modules is None or calls_are_observed() else modules.read(self, x)
-        # Inputs that do not fit go to the modules too: torch's error is the one that callers know.
-        if operands is None or x.shape[-1:] != (self.in_features,):
-            return None
-        weight, bias, names, all_a, all_b, scalings, dropout_ps = operands
-        a, b, scaling, p = all_a[0], all_b[0], scalings[0], dropout_ps[0]
-        variants = self.lora_variant
-        if variants and any(name in variants for name in names):
-            if len(names) > 1:
-                return None
-            return variants[names[0]].fused_forward(self, names[0], x, weight, bias, a, b, scaling, p)
-        result = lora_linear(x, weight, bias, a, b, scaling, p)
-        for i in range(1, len(names)):
-            result = lora_add(result, x, all_a[i], all_b[i], scalings[i], dropout_ps[i])
-        return result
-
     def _fused_mixed_batch(self, x: torch.Tensor, names: RowNames) -> tuple[torch.Tensor, tuple[str, ...]] | None:
         here, variants = self._modules["lora_A"]._modules, self.lora_variant  # type: ignore[union-attr]
         served = tuple(name for name in names.rows_of if name in here and name not in variants)
-        if not served or calls_are_observed() or x.shape[-1:] != (self.in_features,):
+        if not served:
             return None
-        compiling = torch.compiler.is_compiling()
-        modules = None if compiling else self._fused_mixed_modules
-        if modules is None or not modules.holds(self, served):
-            modules = FusedModules.of(self, served)
-            if not compiling:
-                self._fused_mixed_modules = modules
-        operands = None if modules is None else modules.read(self, x)
-        if operands is None:
-            return None
-        weight, bias, _, a, b, scalings, dropout_ps = operands
-        pools = AdapterPools(a, b, scalings, dropout_ps if any(dropout_ps) else ())
-        return multi_lora_linear(x, weight, bias, pools, names.plan(served)), served
+        plan = names.plan(served)
+        if is_dynamo_compiling():
+            result = fused.mixed_forward(self, x, served, plan)
+        else:
+            result = dense_mixed_forward(self, x, served, *plan)
+        return None if result is None else (result, served)
 
     def _base_weight(self) -> DenseBaseWeight:
         return DenseBaseWeight(self.get_base_layer(), transposed=self.fan_in_fan_out)

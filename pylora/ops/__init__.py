@@ -1,6 +1,7 @@
 """The ops: public functions over the native kernels, one file an op, each with its definition in `reference/`."""
 
 from pylora.ops.bgmv import bgmv_, bgmv_expand_, bgmv_shrink
+from pylora.ops.dense_layer import dense_forward, dense_mixed_forward
 from pylora.ops.dora import KeptNorms, dora_linear, dora_linear_norms, dora_row_norms, dora_row_squares
 from pylora.ops.lanczos import bidiagonalise_, gram_product, ritz_residuals
 from pylora.ops.lora import draw_rng, lora_add, lora_dropout, lora_linear
@@ -18,6 +19,8 @@ __all__ = [
     "bgmv_expand_",
     "bgmv_shrink",
     "bidiagonalise_",
+    "dense_forward",
+    "dense_mixed_forward",
     "dora_linear",
     "dora_linear_norms",
     "dora_row_norms",

@@ -8,7 +8,7 @@ from torch import nn
 
 import pylora
 from pylora import LoraConfig, get_peft_model
-from pylora.ops import multi_lora_linear
+from pylora.ops import dense_mixed_forward
 
 MODELS = {
     "llama": (["q_proj", "v_proj"], ["up_proj", "down_proj"], "all-linear"),
@@ -277,17 +277,17 @@ def test_errors() -> None:
 
 def test_plan_is_made_once_for_all_layers(make_transformer, monkeypatch) -> None:
     model = three_adapters(make_transformer, "llama").eval()
-    plans = []
+    plans: list[tuple[torch.Tensor, ...]] = []
 
-    def spy(x, weight, bias, pools, plan, rng=None):
+    def spy(layer, x, names, *plan):
         plans.append(plan)
-        return multi_lora_linear(x, weight, bias, pools, plan, rng)
+        return dense_mixed_forward(layer, x, names, *plan)
 
-    monkeypatch.setattr("pylora.layers.linear.multi_lora_linear", spy)
+    monkeypatch.setattr("pylora.layers.linear.dense_mixed_forward", spy)
     model(**inputs_of("llama", 4), adapter_names=["c", "c", "b", "c"])
     assert len(plans) > 4
-    assert len({plan.order.data_ptr() for plan in plans}) == 1
-    assert len({id(plan) for plan in plans}) < len(plans)
+    assert len({order.data_ptr() for order, _, _ in plans}) == 1
+    assert len({id(slots) for _, _, slots in plans}) < len(plans)
 
 
 def test_names_may_change_in_place_between_calls() -> None:
