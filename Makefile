@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install build test ctest pytest sanitize test-arm lint format demo bench cuda emulate wheel sdist doctor clean distclean
+.PHONY: help install build test ctest pytest sanitize test-arm lint format demo docs bench cuda emulate wheel sdist doctor clean distclean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -77,6 +77,15 @@ format: $(VENV)/.installed  ## Rewrite Python and C++ sources in the project's f
 	$(BIN)/ruff check --fix --quiet . || true
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+$(VENV)/.docs-installed: requirements-docs.txt $(VENV)/.built
+	$(PIP) install -r requirements-docs.txt
+	@touch $@
+
+# A warning is an error: a link that leads nowhere, a name that is not there.
+docs: $(VENV)/.docs-installed  ## Build the documentation site into build/site.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 demo: $(VENV)/.built  ## Fine-tune SmolLM2-135M on real text, save, reload, merge and compare: ten minutes on two cores.
 	$(BIN)/python examples/demo/run.py $(DEMO)

@@ -66,8 +66,7 @@ class LoraModel(BaseTuner):
                 a module of `modules_to_save` that several adapters train; a negative density.
             TypeError: No density where one is needed, or no target modules.
             RuntimeError: An unknown `majority_sign_method`, or `svd_driver` without CUDA.
-            NotImplementedError: A svd kind on a convolution in groups.
-            The model is then as it was.
+            NotImplementedError: A svd kind on a convolution in groups. The model is as it was in all cases.
         """
         if adapter_name in self.peft_config:
             return

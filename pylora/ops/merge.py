@@ -84,8 +84,8 @@ def unmerge_(
         ValueError: as `merge_`; the log is not that of such a weight; or w has not the values that the merge left (each
             4,096 of them have a checksum in the log).
         TypeError: a dtype does not fit.
-        NotImplementedError: the log was made with fused multiply-adds, and this machine has none (or the other way).
-        w is as it was in all cases.
+        NotImplementedError: the log was made with fused multiply-adds, and this machine has none (or the other way);
+            w is as it was in all cases.
     """
     w, (a, b) = _plain(w, a, b)
     if torch.compiler.is_compiling():
