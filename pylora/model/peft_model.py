@@ -18,6 +18,7 @@ from pylora.checkpoint.keys import LORA_PREFIX, checked_adapter_name
 from pylora.config import LoraConfig, PeftConfig
 from pylora.model.adapter_files import AdapterFiles
 from pylora.model.lora_model import LoraModel
+from pylora.model.peft_class import AnswersAsPeft
 from pylora.model.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class PeftModel(AdapterFiles, nn.Module):
+class PeftModel(AnswersAsPeft, AdapterFiles, nn.Module):
     """A base model with LoRA adapters.
 
     The base model is changed in place: targeted modules are replaced by layers that hold them. If that fails, it is

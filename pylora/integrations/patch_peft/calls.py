@@ -28,9 +28,9 @@ def _hooks(original: Callable[..., AbstractContextManager[None]], lora: Any) -> 
 
     def enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         tuner = self._modules.get("base_model")
-        if type(tuner) is lora and lora._enable_peft_forward_hooks is around:
-            if all(kwargs.get(name) is None for name in _ADAPTER_ARGUMENTS):
-                return _NOTHING
+        is_plain = type(tuner) is lora and lora._enable_peft_forward_hooks is around
+        if is_plain and all(kwargs.get(name) is None for name in _ADAPTER_ARGUMENTS):
+            return _NOTHING
         return original(self, *args, **kwargs)
 
     return enable_peft_forward_hooks
