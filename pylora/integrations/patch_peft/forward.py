@@ -6,15 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from pylora.integrations.patch_peft.dora import PeftDora
 from pylora.integrations.patch_peft.replacements import Replacements
+from pylora.layers import fused
 from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.linear import Linear
 from pylora.layers.row_names import RowNames
+from pylora.ops import dense_forward
 
 # What pylora's methods ask of a dense layer, and PEFT's has not; the rest has the same names.
-_BORROWED = ("_fused_forward", "_fused_mixed_batch", "_adapter_output")
+_BORROWED = ("_fused_mixed_batch", "_adapter_output")
 
 
 def _no_op(*args: Any) -> None:
@@ -31,8 +34,6 @@ def patch_forward(changes: Replacements, layer: Any, variants: Any) -> None:
     """
     for name in _BORROWED:
         changes.add(layer.Linear, name, getattr(Linear, name))
-    for name in ("_fused_modules", "_fused_mixed_modules"):  # set on instances; copies and pickles go without
-        changes.add(layer.Linear, name, None)
     changes.add(layer.LoraVariant, "fused_forward", staticmethod(_no_op))
     changes.wrap(variants.DoraLinearVariant, "fused_forward", lambda _: staticmethod(PeftDora.fused_forward))
     changes.wrap(layer.Linear, "forward", lambda original: _forward(original, layer.Linear))
@@ -41,8 +42,8 @@ def patch_forward(changes: Replacements, layer: Any, variants: Any) -> None:
 
 def _forward(original: Callable[..., torch.Tensor], linear: Any) -> Callable[..., torch.Tensor]:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not (args or kwargs or self._disable_adapters or self.merged_adapters) and type(self) is linear:
-            result = self._fused_forward(x)
+        if not args and not kwargs and type(self) is linear:
+            result = fused.forward(self, x) if is_dynamo_compiling() else dense_forward(self, x)
             if result is not None:
                 return result
         return original(self, x, *args, **kwargs)

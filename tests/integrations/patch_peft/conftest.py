@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import pylora
+from pylora.integrations.patch_peft import forward as patched
 from pylora.layers import linear
-from pylora.layers.variants.dora import DoraLinearVariant
 
 
 @pytest.fixture
@@ -28,21 +28,19 @@ def patch() -> Iterator[Callable[[], None]]:
 
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often pylora's ops have been called by dense layers."""
-    counts = dict.fromkeys(("lora_linear", "lora_add", "multi_lora_linear", "dora"), 0)
+    """How many calls of dense layers pylora's ops have served: "dense", and "mixed" for batches of several adapters."""
+    counts = {"dense": 0, "mixed": 0}
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
+        def call(*args: Any) -> Any:
+            result = function(*args)
             counts[name] += result is not None
             return result
 
         return call
 
-    for name in ("lora_linear", "lora_add", "multi_lora_linear"):
-        monkeypatch.setattr(linear, name, counted(name, getattr(linear, name)))
-    fused = DoraLinearVariant.__dict__["fused_forward"].__func__
-    monkeypatch.setattr(DoraLinearVariant, "fused_forward", classmethod(counted("dora", fused)))
+    monkeypatch.setattr(patched, "dense_forward", counted("dense", patched.dense_forward))
+    monkeypatch.setattr(linear, "dense_mixed_forward", counted("mixed", linear.dense_mixed_forward))
     return counts
 
 
