@@ -4,7 +4,6 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <map>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -52,17 +51,6 @@ std::string cpu_isa() {
   return isa_name(isa);
 }
 
-/// dora_linear with the kept norms, or nothing where none are: one call from Python for what a decode step needs.
-std::optional<at::Tensor> kept_linear(const dora::KeptNorms& kept, const at::Tensor& x, const at::Tensor& weight,
-                                      const std::optional<at::Tensor>& bias, const at::Tensor& a, const at::Tensor& b,
-                                      const at::Tensor& magnitude, double scaling, double dropout_p,
-                                      const std::optional<at::Tensor>& rng, int64_t writes, int64_t trust) {
-  const std::optional<at::Tensor> norms = kept.find(weight, a, b, scaling, writes, trust);
-  if (!norms) return std::nullopt;
-  const py::gil_scoped_release no_gil;
-  return dora::call_linear(x, weight, bias, a, b, magnitude, *norms, scaling, dropout_p, rng);
-}
-
 }  // namespace
 }  // namespace pylora
 
@@ -99,8 +87,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            arg("trust"), arg("norms"))
       .def("find_squares", &dora::KeptNorms::find_squares, arg("weight"), arg("writes"), arg("trust"))
       .def("keep_squares", &dora::KeptNorms::keep_squares, arg("weight"), arg("writes"), arg("trust"), arg("squares"))
-      .def("linear", &kept_linear, arg("x"), arg("weight"), arg("bias"), arg("a"), arg("b"), arg("magnitude"),
-           arg("scaling"), arg("dropout_p"), arg("rng"), arg("writes"), arg("trust"))
       .def("clear", &dora::KeptNorms::clear)
       .def("__bool__", [](const dora::KeptNorms& kept) { return !kept.empty(); })
       .def(py::pickle([](const dora::KeptNorms&) { return py::tuple(); },

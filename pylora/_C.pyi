@@ -1,6 +1,6 @@
 """The native extension, built by setup.py from csrc/. Only `pylora._native` imports it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -40,6 +40,11 @@ def dense_mixed_forward(
 ) -> Tensor | None:
     """The same for a batch whose rows have different adapters; slot i is names[i]. The last three are a `BatchPlan`."""
 
+def register_dora(
+    variant_class: type, magnitudes_class: type, writes_and_trust: Callable[[], tuple[int, int]], /
+) -> None:
+    """Whose forwards `dense_forward` makes itself while their norms are kept."""
+
 def dora_row_squares(weight: Tensor) -> Tensor: ...
 def dora_row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor: ...
 def dora_linear(
@@ -76,22 +81,6 @@ class KeptNorms:
     ) -> None: ...
     def find_squares(self, weight: Tensor, writes: int, trust: int) -> Tensor | None: ...
     def keep_squares(self, weight: Tensor, writes: int, trust: int, squares: Tensor) -> None: ...
-    def linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        magnitude: Tensor,
-        scaling: float,
-        dropout_p: float,
-        rng: Tensor | None,
-        writes: int,
-        trust: int,
-    ) -> Tensor | None:
-        """`dora_linear` with the kept norms; None where there are none."""
-
     def clear(self) -> None: ...
     def __bool__(self) -> bool: ...
 

@@ -1,7 +1,7 @@
 """The ops: public functions over the native kernels, one file an op, each with its definition in `reference/`."""
 
 from pylora.ops.bgmv import bgmv_, bgmv_expand_, bgmv_shrink
-from pylora.ops.dense_layer import dense_forward, dense_mixed_forward
+from pylora.ops.dense_layer import dense_forward, dense_mixed_forward, register_dora
 from pylora.ops.dora import KeptNorms, dora_linear, dora_linear_norms, dora_row_norms, dora_row_squares
 from pylora.ops.lanczos import bidiagonalise_, gram_product, ritz_residuals
 from pylora.ops.lora import draw_rng, lora_add, lora_dropout, lora_linear
@@ -34,6 +34,7 @@ __all__ = [
     "merge_",
     "merge_is_finite",
     "multi_lora_linear",
+    "register_dora",
     "ritz_residuals",
     "sgmv_",
     "sgmv_expand_",

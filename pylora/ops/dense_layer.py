@@ -9,3 +9,4 @@ from pylora._native import C
 
 dense_forward = C.dense_forward
 dense_mixed_forward = C.dense_mixed_forward
+register_dora = C.register_dora

@@ -19,7 +19,7 @@ from pylora.layers.variants.dora_cache import writes_and_trust
 from pylora.layers.variants.dora_norm import row_norms
 from pylora.layers.variants.protocol import LoraVariant
 from pylora.layers.variants.registry import register_variant
-from pylora.ops import KeptNorms, dora_linear_norms, dora_row_squares, draw_rng
+from pylora.ops import KeptNorms, dora_linear, dora_linear_norms, dora_row_squares, draw_rng, register_dora
 
 _NUMBERS = (float, int)
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
@@ -236,9 +236,9 @@ class DoraLinearVariant(_DoraOnModules):
             return dora_linear_norms(x, weight, bias, a, b, magnitude, None, scaling, dropout_p, rng)[0]
         kept = magnitudes._kept_norms
         writes, trust = writes_and_trust()
-        y = kept.linear(x, weight, bias, a, b, magnitude, scaling, dropout_p, rng, writes, trust)
-        if y is not None:
-            return y
+        norms = kept.find(weight, a, b, scaling, writes, trust)
+        if norms is not None:  # `register_dora` spares eager calls the way here
+            return dora_linear(x, weight, bias, a, b, magnitude, norms, scaling, dropout_p, rng)
         squares = kept.find_squares(weight, writes, trust)
         if squares is None:
             squares = dora_row_squares(weight)
@@ -246,6 +246,9 @@ class DoraLinearVariant(_DoraOnModules):
         y, norms = dora_linear_norms(x, weight, bias, a, b, magnitude, squares, scaling, dropout_p, rng)
         kept.keep(weight, a, b, scaling, writes, trust, norms)
         return y
+
+
+register_dora(DoraLinearVariant, DoraLinearLayer, writes_and_trust)
 
 
 class _DoraConvNdVariant(_DoraOnModules):
