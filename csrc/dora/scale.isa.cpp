@@ -14,6 +14,14 @@ void factor(const void* magnitude, const double* norms, int64_t first, int64_t c
   const M* m = static_cast<const M*>(magnitude) + first;
   C* factors = static_cast<C*>(factor_out);
   C* rounded = static_cast<C*>(norm_out);
+  if constexpr (kSame<M, C>) {  // nothing to convert: a loop that the compiler turns into vectors
+    for (int64_t i = 0; i < count; ++i) {
+      const C norm = static_cast<C>(norms[first + i]), divisor = norm == 0 ? C(1) : norm;
+      rounded[i] = divisor;
+      factors[i] = m[i] / divisor;
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; i += kLanes<A>) {
     const int64_t n = min_of<int64_t>(kLanes<A>, count - i);
     A norm[kLanes<A>] = {}, magnitudes[kLanes<A>];

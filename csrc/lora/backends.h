@@ -54,7 +54,7 @@ struct KernelBackend {
   static std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                            const Tensor& a, const Tensor& b, double scaling, double dropout_p,
                                            const OptionalTensor& rng) {
-    const Tensor x_rows = token_rows(x);
+    const binding::TokenRows x_rows(x);
     GemmArgs product = binding::product_args(x_rows, weight);
     const bool one_product = gemm_is_better(product) && b.stride(1) == 1 &&
                              gemm_takes_low_rank(product, a.size(0), binding::to_dtype(b.scalar_type()));
@@ -65,35 +65,34 @@ struct KernelBackend {
     const Tensor v = shrink(x_rows, a, b, dropout_p, rng);
     product.low_rank = {a.size(0), static_cast<float>(scaling), v.const_data_ptr<float>(), matrix(b),
                         binding::to_dtype(b.scalar_type())};
-    const Tensor y = binding::run_product(product, bias, x);
-    return {x.dim() == 2 ? y : y.view(aten::with_width(x, weight.size(0))), v};
+    return {binding::run_product(product, bias, x), v};
   }
 
-  /// v = drop(x) a^T for rows x.
-  static Tensor shrink(const Tensor& x_rows, const Tensor& a, const Tensor& b, double dropout_p,
+  /// v = drop(x) a^T.
+  static Tensor shrink(const binding::TokenRows& x, const Tensor& a, const Tensor& b, double dropout_p,
                        const OptionalTensor& rng) {
     ShrinkArgs args;
-    args.shape = shape_of(x_rows.size(0), x_rows.scalar_type(), a, b);
-    const Tensor v = new_v(x_rows, args.shape);
-    const Tensor workspace = workspace_of(shrink_workspace_bytes(args.shape), x_rows);
+    args.shape = shape_of(x.count, x.held.scalar_type(), a, b);
     args.dropout = dropout_of(dropout_p, rng);
-    args.x = matrix(x_rows);
+    args.x = x.matrix;
     args.a = matrix(a);
+    const Tensor v = new_v(x.held, args.shape);
+    const binding::CpuWorkspace workspace(shrink_workspace_bytes(args));
     args.v = v.mutable_data_ptr();
-    args.workspace = workspace.mutable_data_ptr();
+    args.workspace = workspace.data();
     binding::throw_unless_ok(shrink_cpu(binding::cpu_context(), args));
     return v;
   }
 
   static Tensor new_v(const Tensor& x, const Shape& shape) {
-    return at::empty({shape.num_tokens, shape.rank}, x.options().dtype(binding::accumulator_type(x.scalar_type())));
+    return binding::new_on_cpu({shape.num_tokens, shape.rank}, binding::accumulator_type(x.scalar_type()));
   }
 
   static std::tuple<Tensor, Tensor> forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
                                             double scaling, double dropout_p, const OptionalTensor& rng) {
     const Tensor x_rows = token_rows(x);
     if (torch_products_are_good(x, a) && x_rows.size(0) > kOwnRows) {
-      const Tensor v = dropout_p > 0 ? shrink(x_rows, a, b, dropout_p, rng) : at::mm(x_rows, a.t());
+      const Tensor v = dropout_p > 0 ? shrink(binding::TokenRows(x_rows), a, b, dropout_p, rng) : at::mm(x_rows, a.t());
       Tensor y_rows = y.view({x_rows.size(0), b.size(0)});
       y_rows.addmm_(v, b.t(), 1, scaling);
       return {y, v};

@@ -41,10 +41,8 @@ Status check_shape(const Shape& s) {
 
 /// The factor as contiguous rows of accumulators: itself where it is that already, else converted into `space`.
 const void* as_rows(const Kernels& kernels, const Shape& s, ConstMatrix m, int64_t width, void* space) {
-  const DType accumulator = accumulator_dtype(s.dtype);
-  const bool contiguous = m.column_stride == 1 && (m.row_stride == width || s.rank == 1);
-  if (s.factor_dtype == accumulator && contiguous) return m.data;
-  kernels.convert[index(s.factor_dtype)][accumulator == DType::f64](m, s.rank, width, space);
+  if (is_rows(s, m, width)) return m.data;
+  kernels.convert[index(s.factor_dtype)][accumulator_dtype(s.dtype) == DType::f64](m, s.rank, width, space);
   return space;
 }
 

@@ -15,8 +15,15 @@ constexpr int64_t block_bytes(const Shape& shape, int64_t rows, int64_t columns)
   return align_up(rows * columns * dtype_bytes(accumulator_dtype(shape.dtype)));
 }
 
-constexpr int64_t shrink_workspace_bytes(const Shape& shape) {
-  return block_bytes(shape, shape.rank, shape.in_features);
+/// Whether kernels can read a factor [rank, width] where it lies: contiguous rows of accumulators.
+constexpr bool is_rows(const Shape& shape, ConstMatrix factor, int64_t width) {
+  return shape.factor_dtype == accumulator_dtype(shape.dtype) && factor.column_stride == 1 &&
+         (factor.row_stride == width || shape.rank == 1);
+}
+
+constexpr int64_t shrink_workspace_bytes(const ShrinkArgs& args) {
+  const Shape& shape = args.shape;
+  return is_rows(shape, args.a, shape.in_features) ? 0 : block_bytes(shape, shape.rank, shape.in_features);
 }
 
 /// Both factors as [rank, width] rows of accumulators.

@@ -54,7 +54,7 @@ struct ShrinkArgs {
   ConstMatrix x;              // [num_tokens, in_features]
   ConstMatrix a;              // [rank, in_features]
   void* v = nullptr;          // out: [num_tokens, rank], accumulator type, contiguous
-  void* workspace = nullptr;  // shrink_workspace_bytes(shape), aligned to 64
+  void* workspace = nullptr;  // shrink_workspace_bytes(args), aligned to 64
 };
 
 struct BackwardArgs {

@@ -74,7 +74,7 @@ struct Case {
     args.x = {x.data(), shape.in_features, 1};
     args.a = {a.data(), shape.in_features, 1};
     args.v = v.data();
-    const AlignedBuffer workspace(lora::shrink_workspace_bytes(shape));
+    const AlignedBuffer workspace(lora::shrink_workspace_bytes(args));
     args.workspace = workspace.data.get();
     CHECK(lora::shrink_cpu(context, args).is_ok(), "shrink");
     return v;
