@@ -1,6 +1,6 @@
 """Train a pylora model with transformers' Trainer: adapters in the checkpoints, resumed, evaluated, loaded.
 
-python examples/trainer.py [--steps 60]
+python examples/trainer.py [--steps 200]
 
 The model is a small random Llama that learns to repeat what it has read, so nothing is downloaded. With PEFT installed,
 transformers' own Trainer saves adapters; `AdapterTrainer` is a Trainer that does so without it as well.
@@ -78,7 +78,7 @@ def make_trainer(folder: Path, steps: int, **settings: Any) -> AdapterTrainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a pylora model with transformers' Trainer.")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
