@@ -9,7 +9,7 @@ import pytest
 import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted(["tutorial.md", *(f"how-to/{path.name}" for path in (DOCS / "how-to").glob("*.md"))])
+PAGES = sorted(["tutorial.md", "integrations.md", *(f"how-to/{path.name}" for path in (DOCS / "how-to").glob("*.md"))])
 
 
 def blocks(page: str) -> list[str]:

@@ -77,14 +77,21 @@ def test_biases_of_b(patch, make):
     assert_equal(weights(model), before)
 
 
-def test_values_that_are_not_finite_are_refused(patch, make):
-    model = make()
-    model.base_model.model.first.lora_A["default"].weight.data[0, 0] = float("nan")
+def test_what_cannot_be_merged_is_found_before_another_adapter_is(patch, make):
+    model = make(adapters=2, target_modules=["first"])
+    model.base_model.set_adapter(["default", "a1"])
+    model.base_model.model.first.lora_A["a1"].weight.data[0, 0] = float("nan")
     before = weights(model)
     patch()
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+    with pytest.raises(ValueError, match="The adapter a1 seems to be broken"):
         model.merge_adapter(safe_merge=True)
     assert_equal(weights(model), before)
+    with pytest.warns(peft.utils.warning.PeftWarning, match="merging LoRA weights won't be possible"):
+        biased = make(target_modules=["second"], lora_bias=True)
+    before = weights(biased)
+    with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True`"):
+        biased.merge_adapter()
+    assert_equal(weights(biased), before)
 
 
 def test_a_weight_edited_while_merged_is_subtracted_from(patch, make):

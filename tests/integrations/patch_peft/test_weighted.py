@@ -65,6 +65,20 @@ def test_a_smaller_rank_and_clamping(patch, calls):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("dim", [1, 3])
+def test_svd_on_convolutions_that_peft_fails_on(patch, dim):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"conv": (nn.Conv1d, None, nn.Conv3d)[dim - 1](3, 4, 3)})
+    config = peft.LoraConfig(r=4, target_modules=["conv"], init_lora_weights=False)
+    model = peft.get_peft_model(net, config)
+    model.add_adapter("other", config)
+    patch()
+    model.add_weighted_adapter(["default", "other"], [1.5, -0.5], "new", combination_type="svd", svd_rank=8)
+    layer = model.base_model.model.conv
+    expected = 1.5 * layer.get_delta_weight("default") - 0.5 * layer.get_delta_weight("other")
+    torch.testing.assert_close(layer.get_delta_weight("new"), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_errors_are_those_of_peft(patch):
     patch()
     model = adapted()
