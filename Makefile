@@ -18,7 +18,8 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install build test ctest pytest sanitize test-arm lint format demo docs bench cuda emulate wheel sdist doctor clean distclean
+.PHONY: help install build test ctest pytest sanitize test-arm lint format demo docs bench cuda emulate emulate-full wheel sdist doctor \
+  clean distclean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -104,6 +105,20 @@ emulate: $(VENV)/.built  ## Run the CUDA kernels and their launchers on the CPU,
 	@$(EMULATE) -B build/emulate > build/emulate/configure.log || { cat build/emulate/configure.log; exit 1; }
 	$(BIN)/cmake --build build/emulate --target _emulated
 	PYLORA_EMULATED=build/emulate OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emu $(wildcard tests/cuda) $(PYTEST)
+
+# Python itself is not instrumented: the sanitizer's runtime is loaded before it, and leaks are not looked for. TSan
+# counts the findings in its exit status, which workers of pytest would keep to themselves. TSAN_PYTEST picks its tests.
+TSAN_PYTEST ?= -k "not large"
+PRELOAD = LD_PRELOAD="$(foreach name,$(1),$(shell $(CXX) -print-file-name=lib$(name).so))"
+emulate-full: $(VENV)/.built  ## The same under ASan and UBSan, and small shapes under TSan.
+	$(EMULATE) -B build/emulate-asan -DPYLORA_SANITIZE=address,undefined > /dev/null
+	$(BIN)/cmake --build build/emulate-asan --target _emulated
+	$(call PRELOAD,asan ubsan stdc++) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYLORA_EMULATED=build/emulate-asan OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emu $(wildcard tests/cuda) $(PYTEST)
+	$(EMULATE) -B build/emulate-tsan -DPYLORA_SANITIZE=thread > /dev/null
+	$(BIN)/cmake --build build/emulate-tsan --target _emulated
+	$(call PRELOAD,tsan) TSAN_OPTIONS=ignore_noninstrumented_modules=1 PYLORA_EMULATED=build/emulate-tsan \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emu $(wildcard tests/cuda) $(TSAN_PYTEST)
 
 wheel: $(VENV)/.installed  ## Build a wheel, install it into an empty venv and use it there.
 	rm -rf dist/*.whl build/wheel-venv

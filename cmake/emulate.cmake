@@ -20,7 +20,8 @@ add_library(pylora_emulator OBJECT ${PYLORA_EMULATOR_SOURCES})
 target_link_libraries(pylora_emulator PRIVATE pylora_emulated_flags)
 target_compile_options(pylora_emulator PRIVATE -fno-exceptions)
 if(PYLORA_SANITIZE STREQUAL "thread")
-  target_compile_options(pylora_emulator PRIVATE -fno-sanitize=thread)
+  # A source's options come after those of the libraries it links.
+  set_source_files_properties(${PYLORA_EMULATOR_SOURCES} PROPERTIES COMPILE_OPTIONS -fno-sanitize=thread)
 endif()
 
 # The emulator's own tests come with kernels.

@@ -252,6 +252,13 @@ std::string invalid_launch(Dim3 grid, Dim3 block, size_t shared_bytes) {
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 0xffffu || grid.z > 0xffffu) {
     return text("grid: expected 1 to 2^31 - 1, 65535, 65535 blocks, got %u, %u, %u", grid.x, grid.y, grid.z);
   }
+#if defined(PYLORA_EMULATE_TSAN)
+  // TSan knows 8128 threads, the process's own among them, and every one keeps its stack until the launch is over.
+  constexpr int64_t kMostTsanThreads = 6000;
+  const int64_t all = threads * grid.x * grid.y * grid.z;
+  if (all > kMostTsanThreads)
+    return text("under TSan: expected at most %ld threads in all, got %ld", kMostTsanThreads, all);
+#endif
   if (shared_bytes > config.max_shared_bytes) {
     return text("shared memory: expected at most %zu bytes, got %zu", config.max_shared_bytes, shared_bytes);
   }
@@ -278,6 +285,7 @@ void trap(Site site, const char* format, ...) {
   va_end(arguments);
   Thread& thread = running_thread();
   fail(&thread, site, message);
+  order_release(&current_launch->end);
   switch_fiber(thread.fiber, current_launch->scheduler, true);
   __builtin_unreachable();
 }

@@ -92,10 +92,8 @@ __global__ void shared_kernel(BugArgs args) {
   auto* const slots = shared_memory<float>();
   const int tid = static_cast<int>(threadIdx.x);
   if (args.bug != 1 || tid != 5) slots[tid] = load_readonly<float>(args.x + tid);
-  if (args.bug == 2 && tid == 0) {
-    shared_memory<volatile unsigned char>()[kTile * sizeof(float) + static_cast<size_t>(args.offset)] =
-        1;  // fault: overrun
-  }
+  auto* const end = shared_memory<volatile unsigned char>(kTile * sizeof(float));
+  if (args.bug == 2 && tid == 0) end[args.offset] = 1;  // fault: overrun
   __syncthreads();
   store_global(args.y + tid, slots[kTile - 1 - tid]);
 }

@@ -59,6 +59,13 @@ Registration::Registration(const char* name, void (*define)(py::module_&)) {
 
 PYBIND11_MODULE(_emulated, module) {
   using namespace pylora::emu;
+#if defined(__SANITIZE_ADDRESS__)
+  module.attr("sanitizer") = "address";
+#elif defined(__SANITIZE_THREAD__)
+  module.attr("sanitizer") = "thread";
+#else
+  module.attr("sanitizer") = "";
+#endif
   const Config defaults;
   module.def(
       "configure", &configure, py::kw_only(), py::arg("order") = defaults.order,
