@@ -5,9 +5,11 @@ VENV ?= .venv
 PYTEST ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO ?=
 BENCH ?=
+UPDATE ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+NVCC ?= $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) /usr/local/cuda)) nvcc)
 CONFIGURE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPYLORA_TESTS=ON
 EMULATE := $(CONFIGURE) -DPYLORA_EMULATE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 CXX_FILES := $(shell find csrc tests/csrc tests/emu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -18,8 +20,8 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install build test ctest pytest sanitize test-arm lint format demo docs bench cuda emulate emulate-full wheel sdist doctor \
-  clean distclean
+.PHONY: help install build test ctest pytest sanitize test-arm lint format demo docs bench cuda cuda-all emulate emulate-full wheel \
+  sdist doctor clean distclean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -94,10 +96,17 @@ demo: $(VENV)/.built  ## Fine-tune SmolLM2-135M on real text, save, reload, merg
 bench: $(VENV)/.built  ## Time pylora beside PEFT and the bare layer; BENCH="lora --plot plots", see `pylora bench --help`.
 	$(BIN)/pylora bench $(BENCH)
 
-# Apart from the installed build, which it leaves alone.
-cuda: $(VENV)/.installed  ## Compile and link the CUDA kernels with the torch that is there (a CPU one will do; needs nvcc).
+# Apart from the installed build, which it leaves alone. UPDATE=1 records what the kernels take of a GPU.
+cuda: $(VENV)/.installed  ## Compile, link and inspect the CUDA kernels (a CPU build of torch will do; needs nvcc); UPDATE=1.
 	PYLORA_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda
 	$(BIN)/python tests/build/cuda_smoke.py build/cuda
+	$(BIN)/python tools/cuda_resources.py build/kernels-cuda $(if $(UPDATE),--update)
+
+cuda-all: $(VENV)/.installed  ## Compile the CUDA kernels for all architectures from sm_80 on, and report what they take.
+	CUDACXX=$(NVCC) $(BIN)/cmake -S . -B build/kernels-cuda-all -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DPYLORA_CUDA=ON "-DPYLORA_CUDA_ARCHS=80;86;89;90;100;120"
+	$(BIN)/cmake --build build/kernels-cuda-all --target pylora_cuda
+	$(BIN)/python tools/cuda_resources.py build/kernels-cuda-all
 
 # The tests of csrc/emu/README.md's emulator and, through it, of every CUDA kernel.
 emulate: $(VENV)/.built  ## Run the CUDA kernels and their launchers on the CPU, in an emulator, against the references.

@@ -17,6 +17,8 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 find_package(CUDAToolkit REQUIRED)
+# Kernels call the constexpr size functions of the headers they share with their callers.
+string(APPEND CMAKE_CUDA_FLAGS " --expt-relaxed-constexpr -Xptxas=-warn-spills")
 
 file(GLOB PYLORA_CUDA_SOURCES CONFIGURE_DEPENDS ${PYLORA_CSRC}/*/*.cu)
 add_library(pylora_cuda OBJECT ${PYLORA_CUDA_SOURCES})

@@ -156,6 +156,8 @@ class Scheduler {
     ++next_;
     block.alive = num_threads_;
     block.busy = true;
+    for (size_t i = static_cast<size_t>(num_threads_); i < block.threads.size(); ++i)
+      free_stack(block.threads[i].fiber);
     block.threads.resize(static_cast<size_t>(num_threads_));
     block.warps.assign(static_cast<size_t>((num_threads_ + kLanes - 1) / kLanes), Warp{});
     for (Barrier& barrier : block.barriers)

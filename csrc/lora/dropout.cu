@@ -1,6 +1,6 @@
 // dropout_cuda: one Philox counter a thread, hence eight elements, eight columns apart (common/philox.h). Eight
 // neighbouring threads cover 64 neighbouring columns, so that every load and store of a warp touches whole sectors.
-#include "cuda/device.cuh"
+#include "cuda/grid.cuh"
 #include "lora/lora.h"
 
 namespace pylora::lora {
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(DropoutArgs args) {
 template <class T>
 Status launch(const Context& context, const DropoutArgs& args) {
   const int64_t items = args.num_tokens * ((args.width + kDropoutBlock - 1) / kDropoutBlock) * kLanes;
-  return cuda::launch<dropout_kernel<T>>(cuda::grid_blocks(items, kThreads), kThreads, 0, context.stream, args);
+  return cuda::launch_blocks<dropout_kernel<T>, kThreads, 0>(context.stream, (items + kThreads - 1) / kThreads, 16, 0,
+                                                             args);
 }
 
 }  // namespace

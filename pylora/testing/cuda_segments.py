@@ -1,0 +1,176 @@
+"""The launchers of csrc/cuda/segments.h as functions of tensors, run in the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ITEM_ROWS = 64
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Rows:
+    """Which row belongs to which slot: what the kernels take for a plan."""
+
+    fields: dict[str, Any]
+    num_rows: int
+    max_items: int
+
+
+def shifted(t: Tensor, offset: int) -> Tensor:
+    """The same matrix with rows that begin `offset` elements late, and as many foreign elements between them."""
+    if offset == 0:
+        return t.clone()
+    wide = torch.full((t.shape[0], t.shape[1] + offset), torch.nan, dtype=t.dtype)
+    wide[:, offset:] = t
+    return wide[:, offset:]
+
+
+class SegmentKernels:
+    """`launches` holds a record of each launch since it was last emptied: bytes, sectors, mma operations."""
+
+    def __init__(self, emulated: ModuleType) -> None:
+        self._module = emulated
+        self._ops = emulated.segments
+        self.launches: list[dict[str, Any]] = []
+
+    def _call(self, name: str, **fields: Any) -> None:
+        try:
+            getattr(self._ops, name)(**fields)
+        finally:
+            self.launches += self._module.take_launches()
+
+    def plan(self, row_slots: Tensor) -> Rows:
+        """Rows sorted by slot, as a plan that the device builds."""
+        slots, order = torch.sort(row_slots, stable=True)
+        runs, counts = torch.unique_consecutive(slots, return_counts=True)
+        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
+        max_items = self._ops.max_items(len(row_slots), len(runs))
+        items = torch.full((max_items, 4), -9, dtype=torch.int32)
+        num_items = torch.full((1,), -9, dtype=torch.int32)
+        self._call(
+            "plan_segments",
+            indptr=indptr,
+            slots=runs.to(torch.int32),
+            num_segments=len(runs),
+            items=items,
+            num_items=num_items,
+        )
+        fields = {"items": items, "num_items": num_items, "order": order.to(torch.int32)}
+        return Rows(fields, len(row_slots), max_items)
+
+    def one_slot(self, num_rows: int) -> Rows:
+        """All rows are slot 0's."""
+        return Rows({}, num_rows, -(-num_rows // ITEM_ROWS))
+
+    def _common(
+        self, rows: Rows, dtype: torch.dtype, factors: Sequence[Tensor], slots: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            **rows.fields,
+            **slots,
+            "max_items": rows.max_items,
+            "num_rows": rows.num_rows,
+            "max_rank": factors[0].shape[1],
+            "dtype": dtype,
+            "factor_dtype": factors[0].dtype,
+        }
+
+    def shrink(
+        self,
+        rows: Rows,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        num_splits: int | None = None,
+        scaled: bool = False,
+        dropout: tuple[float, Tensor] | None = None,
+        **slots: Any,
+    ) -> Tensor:
+        """v `[slices, rows, max_rank]`, NaN where nothing was written. factors: `[slots, max_rank, width]` each."""
+        max_rank, n = factors[0].shape[1], len(factors)
+        v = torch.full((n, rows.num_rows, max_rank), torch.nan, dtype=accumulator(x.dtype))
+        width = x.shape[1]
+        if num_splits is None:
+            num_splits = self._ops.shrink_splits(rows.max_items, max_rank, n, width)
+        is_wide = x.dtype == torch.float64
+        size = self._ops.shrink_workspace_bytes(rows.max_items, max_rank, n, num_splits, is_wide)
+        workspace = torch.zeros(size, dtype=torch.uint8)
+        common = self._common(rows, x.dtype, factors, slots)
+        more = {} if dropout is None else {"dropout": dropout}
+        self._call(
+            "shrink",
+            **common,
+            **more,
+            x=x,
+            width=width,
+            factors=list(factors),
+            v=v,
+            scaled=scaled,
+            num_splits=num_splits,
+            workspace=workspace,
+        )
+        counters = workspace[: self._ops.shrink_counter_bytes(rows.max_items, max_rank, n)]
+        assert not counters.any(), "shrink: counters are not zero after the launch"
+        return v
+
+    def expand(
+        self,
+        rows: Rows,
+        y: Tensor,
+        v: Tensor,
+        factors: Sequence[Tensor],
+        dropout: tuple[float, Tensor] | None = None,
+        **slots: Any,
+    ) -> None:
+        """Adds to y; the slices' columns side by side."""
+        widths = [factor.shape[2] for factor in factors]
+        more = {} if dropout is None else {"dropout": dropout}
+        self._call(
+            "expand",
+            **self._common(rows, y.dtype, factors, slots),
+            **more,
+            y=y,
+            v=v,
+            factors=list(factors),
+            widths=widths,
+            columns=[sum(widths[:i]) for i in range(len(widths))],
+        )
+
+    def decode(
+        self, y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], row_slots: Tensor | None, **slots: Any
+    ) -> Tensor:
+        """Adds to y; returns v. row_slots: a slot a row, or None: all rows are slot 0's."""
+        num_rows, width, max_rank, n = x.shape[0], x.shape[1], a[0].shape[1], len(a)
+        groups = num_rows if row_slots is not None else -(-num_rows // 8)
+        v = torch.full((n, num_rows, max_rank), torch.nan)
+        workspace = torch.zeros(self._ops.decode_workspace_bytes(groups, max_rank, n, width), dtype=torch.uint8)
+        widths = [factor.shape[2] for factor in b]
+        self._call(
+            "decode",
+            **slots,
+            row_slots=row_slots,
+            max_items=groups,
+            num_rows=num_rows,
+            max_rank=max_rank,
+            dtype=x.dtype,
+            x=x,
+            width=width,
+            a=list(a),
+            b=list(b),
+            widths=widths,
+            columns=[sum(widths[:i]) for i in range(n)],
+            y=y,
+            v=v,
+            workspace=workspace,
+        )
+        assert not workspace[: 4 * (2 + groups)].any(), "decode: counters are not zero after the launch"
+        return v
