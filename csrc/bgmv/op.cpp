@@ -88,6 +88,14 @@ TORCH_LIBRARY_IMPL(pylora, CPU, m) {
   m.impl("bgmv_expand_", &expand);
 }
 
+#if defined(PYLORA_WITH_CUDA)
+TORCH_LIBRARY_IMPL(pylora, CUDA, m) {
+  m.impl("bgmv_", &add<binding::pool_add<Rows>>);
+  m.impl("bgmv_shrink", &shrink);
+  m.impl("bgmv_expand_", &expand);
+}
+#endif
+
 TORCH_LIBRARY_IMPL(pylora, Autograd, m) {
   m.impl("bgmv_", &add<binding::pool_add_autograd<Rows>>);
   m.impl("bgmv_shrink", &shrink_autograd);

@@ -16,6 +16,7 @@
 #include "binding/context.h"
 #include "binding/dense.h"
 #include "binding/dtype.h"
+#include "binding/pools_cuda.h"
 #include "binding/status.h"
 #include "cpu/segments.h"
 
@@ -150,6 +151,9 @@ inline MutableMatrix columns_from(const Tensor& y, int64_t column) {
 
 /// v of all slices; tokens without an adapter, and ranks beyond a slot's own, are not written.
 inline void pools_shrink(const Pools& pools, const SegmentPlan& plan, const Tensor& x, const Tensor& v) {
+#if defined(PYLORA_WITH_CUDA)
+  if (!x.is_cpu()) return pools_shrink_cuda(pools, plan, x, v);
+#endif
   const Tensor rows = with_unit_columns(x);
   for (size_t slice = 0; slice < pools.a.size(); ++slice) {
     const std::vector<SegmentSlot> slots = pools.slots(slice);
@@ -165,6 +169,9 @@ inline void pools_shrink(const Pools& pools, const SegmentPlan& plan, const Tens
 
 /// Adds to y, the slices' columns side by side.
 inline void pools_expand(const Pools& pools, const SegmentPlan& plan, const Tensor& v, const Tensor& y) {
+#if defined(PYLORA_WITH_CUDA)
+  if (!y.is_cpu()) return pools_expand_cuda(pools, plan, v, y);
+#endif
   int64_t column = 0;
   for (size_t slice = 0; slice < pools.b.size(); ++slice) {
     const std::vector<SegmentSlot> slots = pools.slots(slice);
@@ -188,6 +195,9 @@ struct PoolGradients {
 inline PoolGradients pools_backward(const Pools& pools, const SegmentPlan& plan, const Tensor& dy, const Tensor& x,
                                     const Tensor& v, bool need_x, const std::vector<bool>& need_a,
                                     const std::vector<bool>& need_b) {
+#if defined(PYLORA_WITH_CUDA)
+  if (!dy.is_cpu()) return pools_backward_cuda(pools, plan, dy, x, v, need_x, need_a, need_b);
+#endif
   PoolGradients grads;
   const auto sums = dy.options().dtype(accumulator_type(dy.scalar_type()));
   const int64_t in_features = pools.a[0].size(2), max_rank = pools.max_rank();

@@ -42,7 +42,7 @@ template <class T, bool kVector, bool kAcross>
 __global__ void __launch_bounds__(kThreads, 4) decode_kernel(const DecodeArgs args) {
   using Tile = ExpandTile<T, kVector, kAcross>;
   int* const box = shared_memory<int>();
-  int32_t* const counters = static_cast<int32_t*>(args.workspace);
+  int32_t* const counters = args.counters;
   const int64_t groups = args.plan.items ? load_uniform<int32_t>(args.plan.num_items) : args.plan.max_items;
   const int64_t splits = decode_splits(args.width);
   int64_t tiles = 0;

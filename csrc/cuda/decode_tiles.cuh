@@ -18,9 +18,7 @@ constexpr int kShrinkShared = kWarps * 128 * static_cast<int>(sizeof(float));
 /// Plane of a part of the width: [8 tokens][ranks of all slices].
 PYLORA_DEVICE float* plane_of(const DecodeArgs& args, const Group& group, int64_t split) {
   const int64_t ranks = args.slots.max_rank * args.num_slices;
-  float* planes =
-      reinterpret_cast<float*>(static_cast<char*>(args.workspace) + decode_counter_bytes(args.plan.max_items));
-  return planes + (split * args.plan.max_items + group.index) * kDecodeRows * ranks;
+  return args.planes + (split * args.plan.max_items + group.index) * kDecodeRows * ranks;
 }
 
 /// Row n of the factors of all slices: element 0, or null past the last.

@@ -111,6 +111,21 @@ PYLORA_DEVICE C load_element(const void* data, DType dtype, int64_t index) {
   }
 }
 
+/// Rounds to nearest even.
+template <class C>
+PYLORA_DEVICE void store_element(void* data, DType dtype, int64_t index, C value) {
+  switch (dtype) {
+    case DType::bf16:
+      return store_global(static_cast<bf16*>(data) + index, narrow<bf16>(static_cast<float>(value)));
+    case DType::f16:
+      return store_global(static_cast<f16*>(data) + index, narrow<f16>(static_cast<float>(value)));
+    case DType::f64:
+      return store_global(static_cast<double*>(data) + index, static_cast<double>(value));
+    default:
+      return store_global(static_cast<float*>(data) + index, static_cast<float>(value));
+  }
+}
+
 /// A launch's dropout with the generator's state, read once.
 struct DropoutDraw {
   uint64_t seed = 0, offset = 0;
@@ -147,6 +162,41 @@ PYLORA_DEVICE void draw_block(const DropoutDraw& draw, const int64_t* rows, int 
 }
 PYLORA_DEVICE bool is_kept(const unsigned char* kept, int row, int column) {
   return kept[row * 8 + column % 8] >> (column % 64 / 8) & 1;
+}
+
+/// What blocks that share a tile need to know of one another. Planes are [split][lines][columns].
+struct SplitTile {
+  int32_t* counters;
+  void* planes;
+  int64_t index;  // of the tile
+  int split, num_splits;
+  int lines, columns;  // of a plane
+  int used_lines, used_columns;
+};
+
+/// Leaves a block's part of a tile in its plane; the block that comes last sums all planes, in their order, and hands the
+/// sums to write(line, column, sum). It leaves the counter as it was found. box: an int of shared memory.
+template <class C, class Tile, class Write>
+PYLORA_DEVICE void add_up_splits(const SplitTile& split, const Tile& tile, int* box, const Write& write) {
+  int32_t* const counter = split.counters + split.index;
+  const int64_t plane = static_cast<int64_t>(split.lines) * split.columns;
+  C* const planes = static_cast<C*>(split.planes) + split.index * split.num_splits * plane;
+  C* const own = planes + split.split * plane;
+  tile.for_each([&](int line, int column, C sum) {
+    if (line < split.used_lines && column < split.used_columns) store_global(own + line * split.columns + column, sum);
+  });
+  __syncthreads();  // the whole part is written
+  if (threadIdx.x == 0) *box = arrive(counter) == split.num_splits - 1;
+  __syncthreads();
+  if (!*box) return;
+  for (int i = threadIdx.x; i < split.used_lines * split.used_columns; i += kThreads) {
+    const int line = i / split.used_columns, column = i % split.used_columns;
+    C sum = 0;
+    for (int s = 0; s < split.num_splits; ++s)
+      sum += load_coherent<C>(planes + s * plane + line * split.columns + column);
+    write(line, column, sum);
+  }
+  if (threadIdx.x == 0) store_global(counter, 0);
 }
 
 /// Whether rows that begin at `data` and lie `strides` elements apart all begin at multiples of 16 bytes.

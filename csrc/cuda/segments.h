@@ -2,7 +2,7 @@
 // case of one slot. With s the slot of row t, and rows of slot -1 left alone:
 //   v[t]  = drop(x[t]) f_s^T                   shrink, rank_s numbers; times scaling_s where asked for
 //   y[t] += drop(scaling_s * v[t] f_s)         expand
-//   d_s  += sum over t of g[t]^T drop(x[t])    outer, [rank_s, width]
+//   d_s   = sum over t of g[t]^T drop(x[t])    outer, [rank_s, width]
 // In backward passes f is the other factor: g = shrink of dY with B, dX = expand of g with A.
 //
 // Numerics. 16-bit x with factors of its dtype pass through tensor cores in shrink, which multiplies them exactly. v and g
@@ -80,13 +80,13 @@ struct ShrinkArgs {
   ConstMatrix x;                    // [num_rows, width], column stride 1
   int64_t width = 0;
   int num_slices = 1;
-  Factor factors[kMaxSlices];  // [slots, max_rank, width]
-  LowRank<void*> v;            // out; rows of slot -1 and ranks beyond a slot's own are not written
-  bool scaled = false;         // v is multiplied by the slot's scaling
-  Dropout dropout;             // on x, counters are those of x's rows
-  int num_splits = 1;          // parts of the width that blocks share: shrink_splits(...)
-  void* workspace = nullptr;   // shrink_workspace_bytes(...), aligned to 64. With several splits its first
-                               // shrink_counter_bytes(...) are zero before the launch, and again after it
+  Factor factors[kMaxSlices];   // [slots, max_rank, width]
+  LowRank<void*> v;             // out; rows of slot -1 and ranks beyond a slot's own are not written
+  bool scaled = false;          // v is multiplied by the slot's scaling
+  Dropout dropout;              // on x, counters are those of x's rows
+  int num_splits = 1;           // parts of the width that blocks share: shrink_splits(...)
+  int32_t* counters = nullptr;  // with several splits: shrink_counters(...), zero before the launch and after it
+  void* planes = nullptr;       // shrink_plane_bytes(...)
 };
 
 struct ExpandArgs {
@@ -101,6 +101,26 @@ struct ExpandArgs {
   int64_t columns[kMaxSlices] = {};  // where a slice's columns of y begin
   MutableMatrix y;                   // [num_rows, sum of widths], column stride 1
   Dropout dropout;                   // on what is added, counters are those of y's rows and a slice's columns
+};
+
+/// Sums over the rows of each slot: d_s = sum over t of g[t]^T drop(x[t]), times scaling_s where asked for. Written whole
+/// for every slot, zeros where it has no rows; ranks beyond a slot's own are not written.
+struct OuterArgs {
+  Plan plan;
+  Slots slots;
+  int64_t num_slots = 1;
+  DType dtype = DType::f32;  // of x
+  LowRank<const void*> g;    // [num_rows, max_rank], accumulators
+  ConstMatrix x;             // [num_rows, width], column stride 1
+  int64_t width = 0;
+  bool scaled = false;
+  Dropout dropout;               // on x
+  DType out_dtype = DType::f32;  // of out: rounded once
+  void* out = nullptr;           // [num_slots, max_rank, width] with these strides
+  int64_t slot_stride = 0, rank_stride = 0, column_stride = 1;
+  int num_splits = 1;           // parts of the items that blocks share: outer_splits(...)
+  int32_t* counters = nullptr;  // with several splits: outer_tiles(...), zero before the launch and after it
+  void* planes = nullptr;       // outer_plane_bytes(...)
 };
 
 /// Items of a plan from segments: segment i is positions [indptr[i], indptr[i + 1]) and slot slots[i]; slot -1 makes no
@@ -142,14 +162,28 @@ constexpr int shrink_splits(int64_t max_items, int64_t rank_tiles, int64_t width
 }
 
 /// A counter for each tile whose splits are summed.
-constexpr int64_t shrink_counter_bytes(int64_t max_items, int64_t rank_tiles) {
-  return align_up(max_items * rank_tiles * static_cast<int64_t>(sizeof(int32_t)));
-}
-constexpr int64_t shrink_plane_elements() { return int64_t{kItemRows} * kTileRanks; }
-constexpr int64_t shrink_workspace_bytes(int64_t max_items, int64_t rank_tiles, int num_splits, DType dtype) {
+constexpr int64_t shrink_counters(int64_t max_items, int64_t rank_tiles) { return max_items * rank_tiles; }
+constexpr int64_t shrink_plane_bytes(int64_t max_items, int64_t rank_tiles, int num_splits, DType dtype) {
   if (num_splits <= 1) return 0;
-  return shrink_counter_bytes(max_items, rank_tiles) +
-         max_items * rank_tiles * num_splits * shrink_plane_elements() * dtype_bytes(accumulator_dtype(dtype));
+  return max_items * rank_tiles * num_splits * kItemRows * kTileRanks * dtype_bytes(accumulator_dtype(dtype));
+}
+
+/// A tile of outer: ranks by columns, of 16-bit and of other x.
+constexpr int kOuterRanks = 64, kOuterColumns = 128, kOuterFmaColumns = 64;
+
+constexpr int64_t outer_tiles(int64_t num_slots, int64_t max_rank, int64_t width, DType dtype) {
+  const int columns = dtype_bytes(dtype) == 2 ? kOuterColumns : kOuterFmaColumns;
+  return num_slots * ((max_rank + kOuterRanks - 1) / kOuterRanks) * ((width + columns - 1) / columns);
+}
+/// As shrink_splits, with at least four items a part: planes cost two trips of 32 KB each.
+constexpr int outer_splits(int64_t max_items, int64_t tiles) {
+  const int64_t most = (max_items + 3) / 4, wanted = tiles > 0 ? (kWantedBlocks + tiles - 1) / tiles : 1;
+  const int64_t splits = wanted < most ? wanted : most;
+  return splits < 1 ? 1 : static_cast<int>(splits);
+}
+constexpr int64_t outer_plane_bytes(int64_t tiles, int num_splits, DType dtype) {
+  if (num_splits <= 1) return 0;
+  return tiles * num_splits * kOuterRanks * kOuterColumns * dtype_bytes(accumulator_dtype(dtype));
 }
 
 /// Most rows of a group in decode.
@@ -170,10 +204,9 @@ struct DecodeArgs {
   int64_t widths[kMaxSlices] = {};
   int64_t columns[kMaxSlices] = {};
   MutableMatrix y;
-  LowRank<void*> v;  // out, f32; null: not wanted
-  void* workspace =
-      nullptr;  // decode_workspace_bytes(...), aligned to 64; its first decode_counter_bytes(...) are zero
-                // before the launch, and again after it
+  LowRank<void*> v;             // out, f32; null: not wanted
+  int32_t* counters = nullptr;  // decode_counters(...), zero before the launch and after it
+  float* planes = nullptr;      // decode_plane_bytes(...)
 };
 
 /// Columns of x that a block multiplies at once.
@@ -181,17 +214,15 @@ constexpr int kDecodeSplit = 512;
 constexpr int64_t decode_groups(int64_t num_rows) { return (num_rows + kDecodeRows - 1) / kDecodeRows; }
 constexpr int64_t decode_splits(int64_t width) { return (width + kDecodeSplit - 1) / kDecodeSplit; }
 /// A ticket, the blocks that are done, and the arrivals of each group.
-constexpr int64_t decode_counter_bytes(int64_t groups) {
-  return align_up((2 + groups) * static_cast<int64_t>(sizeof(int32_t)));
-}
-constexpr int64_t decode_workspace_bytes(int64_t groups, int64_t max_rank, int num_slices, int64_t width) {
-  return decode_counter_bytes(groups) +
-         decode_splits(width) * groups * kDecodeRows * max_rank * num_slices * static_cast<int64_t>(sizeof(float));
+constexpr int64_t decode_counters(int64_t groups) { return 2 + groups; }
+constexpr int64_t decode_plane_bytes(int64_t groups, int64_t max_rank, int num_slices, int64_t width) {
+  return decode_splits(width) * groups * kDecodeRows * max_rank * num_slices * static_cast<int64_t>(sizeof(float));
 }
 
 Status plan_segments(const Context& context, const PlanArgs& args);
 Status shrink(const Context& context, const ShrinkArgs& args);
 Status expand(const Context& context, const ExpandArgs& args);
 Status decode(const Context& context, const DecodeArgs& args);
+Status outer(const Context& context, const OuterArgs& args);
 
 }  // namespace pylora::cuda

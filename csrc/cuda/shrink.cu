@@ -43,32 +43,6 @@ struct VWriter {
   }
 };
 
-/// Leaves the tile's part in its plane; the last block to come sums all planes.
-template <class C, class Tile>
-PYLORA_DEVICE void add_up_splits(const ShrinkArgs& args, const Piece& piece, const Tile& tile, int* last_box,
-                                 const VWriter<C>& write) {
-  const int64_t tiles = args.plan.max_items * shrink_rank_tiles(args.slots.max_rank, args.num_slices);
-  int32_t* counters = static_cast<int32_t*>(args.workspace);
-  C* planes = reinterpret_cast<C*>(static_cast<char*>(args.workspace) + align_up(tiles * sizeof(int32_t))) +
-              piece.tile_index * args.num_splits * shrink_plane_elements();
-  C* own = planes + piece.split * shrink_plane_elements();
-  tile.for_each([&](int r, int n, C sum) {
-    if (r < piece.item.rows && n < piece.num_ranks) store_global(own + r * kTileRanks + n, sum);
-  });
-  __syncthreads();
-  if (threadIdx.x == 0) *last_box = arrive(counters + piece.tile_index) == args.num_splits - 1;
-  __syncthreads();
-  if (!*last_box) return;
-  for (int i = threadIdx.x; i < piece.item.rows * piece.num_ranks; i += kThreads) {
-    const int r = i / piece.num_ranks, n = i % piece.num_ranks;
-    C sum = 0;
-    for (int split = 0; split < args.num_splits; ++split)
-      sum += load_coherent<C>(planes + split * shrink_plane_elements() + r * kTileRanks + n);
-    write(r, n, sum);
-  }
-  if (threadIdx.x == 0) store_global(counters + piece.tile_index, 0);
-}
-
 template <class Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kResident) shrink_kernel(const ShrinkArgs args) {
   using C = typename Tile::Sum;
@@ -96,7 +70,9 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) shrink_kernel(const
     const C scaling = args.scaled ? scaling_of<C>(args.slots, piece.item.slot) : C(1);
     const VWriter<C> write{args, piece, rows, scaling * tile.sum_scale(draw)};
     if (args.num_splits > 1) {
-      add_up_splits<C>(args, piece, tile, last_box, write);
+      add_up_splits<C>({args.counters, args.planes, piece.tile_index, piece.split, args.num_splits, kItemRows,
+                        kTileRanks, piece.item.rows, piece.num_ranks},
+                       tile, last_box, write);
     } else {
       tile.for_each(write);
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/sizes.h"
+#include "cuda/segments.h"
 #include "lora/lora.h"
 
 namespace pylora::lora {
@@ -34,6 +35,62 @@ constexpr int64_t forward_workspace_bytes(const Shape& shape) {
 /// The factors, g, and the sums of da and db before they are rounded.
 constexpr int64_t backward_workspace_bytes(const Shape& shape) {
   return 2 * forward_workspace_bytes(shape) + block_bytes(shape, shape.num_tokens, shape.rank);
+}
+
+// CUDA. Workspaces begin with counters, which the launches of a call share.
+
+/// Most tokens whose shrink and expand are one launch: beyond, groups of eight read the factors too often.
+constexpr int64_t kDecodeTokens = 16;
+
+constexpr bool decodes_cuda(const Shape& shape, const Dropout& dropout) {
+  return shape.num_tokens <= kDecodeTokens && !dropout.active() && dtype_bytes(shape.dtype) == 2 &&
+         shape.factor_dtype == shape.dtype;
+}
+
+constexpr int shrink_splits_cuda(const Shape& shape, int64_t width) {
+  const int64_t items = cuda::plan_of_one_slot(shape.num_tokens).max_items;
+  return cuda::shrink_splits(items, cuda::shrink_rank_tiles(shape.rank, 1), width);
+}
+constexpr int64_t shrink_planes_cuda(const Shape& shape, int64_t width) {
+  const int64_t items = cuda::plan_of_one_slot(shape.num_tokens).max_items;
+  return cuda::shrink_plane_bytes(items, cuda::shrink_rank_tiles(shape.rank, 1), shrink_splits_cuda(shape, width),
+                                  shape.dtype);
+}
+constexpr int outer_splits_cuda(const Shape& shape, int64_t width) {
+  return cuda::outer_splits(cuda::plan_of_one_slot(shape.num_tokens).max_items,
+                            cuda::outer_tiles(1, shape.rank, width, shape.dtype));
+}
+constexpr int64_t outer_planes_cuda(const Shape& shape, int64_t width) {
+  return cuda::outer_plane_bytes(cuda::outer_tiles(1, shape.rank, width, shape.dtype), outer_splits_cuda(shape, width),
+                                 shape.dtype);
+}
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/// Bytes at the beginning of a workspace that are zero before a call, and after it.
+constexpr int64_t counter_bytes_cuda(const Shape& shape) {
+  const int64_t items = cuda::plan_of_one_slot(shape.num_tokens).max_items;
+  const int64_t widest = larger(shape.in_features, shape.out_features);
+  const int64_t count = larger(larger(cuda::decode_counters(cuda::decode_groups(shape.num_tokens)),
+                                      cuda::shrink_counters(items, cuda::shrink_rank_tiles(shape.rank, 1))),
+                               cuda::outer_tiles(1, shape.rank, widest, shape.dtype));
+  return align_up(count * static_cast<int64_t>(sizeof(int32_t)));
+}
+constexpr int64_t forward_workspace_bytes_cuda(const Shape& shape) {
+  const int64_t planes =
+      decodes_cuda(shape, Dropout{})
+          ? cuda::decode_plane_bytes(cuda::decode_groups(shape.num_tokens), shape.rank, 1, shape.in_features)
+          : 0;
+  return counter_bytes_cuda(shape) + align_up(larger(planes, shrink_planes_cuda(shape, shape.in_features)));
+}
+/// The planes of the backward's launches, which follow one another in the same memory.
+constexpr int64_t backward_planes_cuda(const Shape& shape) {
+  return align_up(
+      larger(shrink_planes_cuda(shape, shape.out_features),
+             larger(outer_planes_cuda(shape, shape.in_features), outer_planes_cuda(shape, shape.out_features))));
+}
+/// g comes last.
+constexpr int64_t backward_workspace_bytes_cuda(const Shape& shape) {
+  return counter_bytes_cuda(shape) + backward_planes_cuda(shape) + block_bytes(shape, shape.num_tokens, shape.rank);
 }
 
 }  // namespace pylora::lora

@@ -88,7 +88,10 @@ Status forward_cpu(const Context& context, const ForwardArgs& args);
 Status shrink_cpu(const Context& context, const ShrinkArgs& args);
 Status backward_cpu(const Context& context, const BackwardArgs& args);
 Status dropout_cpu(const Context& context, const DropoutArgs& args);
-/// Queued on context.stream.
+/// Queued on context.stream; workspaces are forward_workspace_bytes_cuda and backward_workspace_bytes_cuda, of which the
+/// first counter_bytes_cuda are zero before the call, and after it. Any strides of a and b; x, dy, y and dx have a column stride of 1. Numerics: csrc/cuda/segments.h.
+Status forward_cuda(const Context& context, const ForwardArgs& args);
+Status backward_cuda(const Context& context, const BackwardArgs& args);
 Status dropout_cuda(const Context& context, const DropoutArgs& args);
 
 }  // namespace pylora::lora

@@ -9,6 +9,7 @@
 #include "lora/autograd.h"
 #include "lora/backends.h"
 #include "lora/checks.h"
+#include "lora/cuda_backend.h"
 
 namespace pylora::lora {
 namespace {
@@ -174,7 +175,15 @@ TORCH_LIBRARY_IMPL(pylora, CompositeExplicitAutograd, m) {
 }
 
 #if defined(PYLORA_WITH_CUDA)
-TORCH_LIBRARY_IMPL(pylora, CUDA, m) { m.impl("lora_dropout", &dropout<dropout_cuda>); }
+TORCH_LIBRARY_IMPL(pylora, CUDA, m) {
+  m.impl("lora_linear", &linear<CudaBackend>);
+  m.impl("lora_linear_forward", &linear_forward<CudaBackend>);
+  m.impl("lora_linear_backward", &linear_backward<CudaBackend>);
+  m.impl("lora_add", &add<CudaBackend>);
+  m.impl("lora_add_forward", &add_forward<CudaBackend>);
+  m.impl("lora_add_backward", &add_backward<CudaBackend>);
+  m.impl("lora_dropout", &dropout<dropout_cuda>);
+}
 #endif
 
 TORCH_LIBRARY_IMPL(pylora, Autograd, m) {

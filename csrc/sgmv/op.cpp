@@ -91,6 +91,14 @@ TORCH_LIBRARY_IMPL(pylora, CPU, m) {
   m.impl("sgmv_expand_", &expand);
 }
 
+#if defined(PYLORA_WITH_CUDA)
+TORCH_LIBRARY_IMPL(pylora, CUDA, m) {
+  m.impl("sgmv_", &add<binding::pool_add<Rows>>);
+  m.impl("sgmv_shrink", &shrink);
+  m.impl("sgmv_expand_", &expand);
+}
+#endif
+
 TORCH_LIBRARY_IMPL(pylora, Autograd, m) {
   m.impl("sgmv_", &add<binding::pool_add_autograd<Rows>>);
   m.impl("sgmv_shrink", &shrink_autograd);

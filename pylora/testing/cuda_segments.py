@@ -26,6 +26,11 @@ class Rows:
     max_items: int
 
 
+def planes(num_bytes: int) -> Tensor:
+    """Memory full of NaN."""
+    return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+
+
 def shifted(t: Tensor, offset: int) -> Tensor:
     """The same matrix with rows that begin `offset` elements late, and as many foreign elements between them."""
     if offset == 0:
@@ -102,8 +107,8 @@ class SegmentKernels:
         if num_splits is None:
             num_splits = self._ops.shrink_splits(rows.max_items, max_rank, n, width)
         is_wide = x.dtype == torch.float64
-        size = self._ops.shrink_workspace_bytes(rows.max_items, max_rank, n, num_splits, is_wide)
-        workspace = torch.zeros(size, dtype=torch.uint8)
+        num_counters, plane_bytes = self._ops.shrink_workspace(rows.max_items, max_rank, n, num_splits, is_wide)
+        counters = torch.zeros(num_counters, dtype=torch.int32)
         common = self._common(rows, x.dtype, factors, slots)
         more = {} if dropout is None else {"dropout": dropout}
         self._call(
@@ -116,9 +121,9 @@ class SegmentKernels:
             v=v,
             scaled=scaled,
             num_splits=num_splits,
-            workspace=workspace,
+            counters=counters,
+            planes=planes(plane_bytes),
         )
-        counters = workspace[: self._ops.shrink_counter_bytes(rows.max_items, max_rank, n)]
         assert not counters.any(), "shrink: counters are not zero after the launch"
         return v
 
@@ -152,7 +157,7 @@ class SegmentKernels:
         num_rows, width, max_rank, n = x.shape[0], x.shape[1], a[0].shape[1], len(a)
         groups = num_rows if row_slots is not None else -(-num_rows // 8)
         v = torch.full((n, num_rows, max_rank), torch.nan)
-        workspace = torch.zeros(self._ops.decode_workspace_bytes(groups, max_rank, n, width), dtype=torch.uint8)
+        counters = torch.zeros(2 + groups, dtype=torch.int32)
         widths = [factor.shape[2] for factor in b]
         self._call(
             "decode",
@@ -170,7 +175,54 @@ class SegmentKernels:
             columns=[sum(widths[:i]) for i in range(n)],
             y=y,
             v=v,
-            workspace=workspace,
+            counters=counters,
+            planes=planes(self._ops.decode_plane_bytes(groups, max_rank, n, width)),
         )
-        assert not workspace[: 4 * (2 + groups)].any(), "decode: counters are not zero after the launch"
+        assert not counters.any(), "decode: counters are not zero after the launch"
         return v
+
+    def outer(
+        self,
+        rows: Rows,
+        g: Tensor,
+        x: Tensor,
+        num_slots: int,
+        out_dtype: torch.dtype,
+        num_splits: int = 0,
+        out_first: bool = False,
+        dropout: tuple[float, Tensor] | None = None,
+        **slots: Any,
+    ) -> Tensor:
+        """d `[slots, max_rank, width]`, NaN where nothing was written. num_splits 0: what outer_splits says."""
+        max_rank, width = g.shape[1], x.shape[1]
+        shape = (num_slots, width, max_rank) if out_first else (num_slots, max_rank, width)
+        out = torch.full(shape, torch.nan, dtype=out_dtype)
+        if out_first:
+            out = out.transpose(1, 2)
+        is_half, is_wide = x.dtype.itemsize == 2, x.dtype == torch.float64
+        splits, num_counters, plane_bytes = self._ops.outer_workspace(
+            num_slots, max_rank, width, rows.max_items, is_half, is_wide, num_splits
+        )
+        counters = torch.zeros(num_counters, dtype=torch.int32)
+        more = {} if dropout is None else {"dropout": dropout}
+        self._call(
+            "outer",
+            **rows.fields,
+            **slots,
+            **more,
+            max_items=rows.max_items,
+            num_rows=rows.num_rows,
+            max_rank=max_rank,
+            num_slots=num_slots,
+            dtype=x.dtype,
+            g=g[None],
+            x=x,
+            width=width,
+            out_dtype=out_dtype,
+            out=out,
+            num_splits=splits,
+            counters=counters,
+            planes=planes(plane_bytes),
+        )
+        assert not counters.any(), "outer: counters are not zero after the launch"
+        return out

@@ -69,21 +69,19 @@ void define_shrink(py::module_& module) {
       .field("scaled", &ShrinkArgs::scaled)
       .field("dropout", &ShrinkArgs::dropout)
       .field("num_splits", &ShrinkArgs::num_splits)
-      .field("workspace", &ShrinkArgs::workspace)
+      .field("counters", &ShrinkArgs::counters)
+      .field("planes", &ShrinkArgs::planes)
       .set("factors", factors(&ShrinkArgs::factors))
       .set("v", low_rank(&ShrinkArgs::v));
   def_launcher(module, "shrink", fields, &shrink);
   module.def("shrink_splits", [](int64_t max_items, int64_t max_rank, int num_slices, int64_t width) {
     return shrink_splits(max_items, shrink_rank_tiles(max_rank, num_slices), width);
   });
-  module.def("shrink_counter_bytes", [](int64_t max_items, int64_t max_rank, int num_slices) {
-    return shrink_counter_bytes(max_items, shrink_rank_tiles(max_rank, num_slices));
+  module.def("shrink_workspace", [](int64_t max_items, int64_t max_rank, int num_slices, int num_splits, bool wide) {
+    const int64_t tiles = shrink_rank_tiles(max_rank, num_slices);
+    return py::make_tuple(shrink_counters(max_items, tiles),
+                          shrink_plane_bytes(max_items, tiles, num_splits, wide ? DType::f64 : DType::f32));
   });
-  module.def("shrink_workspace_bytes",
-             [](int64_t max_items, int64_t max_rank, int num_slices, int num_splits, bool wide) {
-               return shrink_workspace_bytes(max_items, shrink_rank_tiles(max_rank, num_slices), num_splits,
-                                             wide ? DType::f64 : DType::f32);
-             });
 }
 
 void define_decode(py::module_& module) {
@@ -102,14 +100,53 @@ void define_decode(py::module_& module) {
       .field("x", &DecodeArgs::x)
       .field("width", &DecodeArgs::width)
       .field("y", &DecodeArgs::y)
-      .field("workspace", &DecodeArgs::workspace)
+      .field("counters", &DecodeArgs::counters)
+      .field("planes", &DecodeArgs::planes)
       .set("a", factors(&DecodeArgs::a))
       .set("b", factors(&DecodeArgs::b))
       .set("widths", numbers(&DecodeArgs::widths))
       .set("columns", numbers(&DecodeArgs::columns))
       .set("v", low_rank(&DecodeArgs::v));
   def_launcher(module, "decode", fields, &decode);
-  module.def("decode_workspace_bytes", &decode_workspace_bytes);
+  module.def("decode_plane_bytes", &decode_plane_bytes);
+}
+
+void define_outer(py::module_& module) {
+  Fields<OuterArgs> fields;
+  fields.field("items", &OuterArgs::plan, &Plan::items)
+      .field("num_items", &OuterArgs::plan, &Plan::num_items)
+      .field("order", &OuterArgs::plan, &Plan::order)
+      .field("max_items", &OuterArgs::plan, &Plan::max_items)
+      .field("num_rows", &OuterArgs::plan, &Plan::num_rows)
+      .field("ranks", &OuterArgs::slots, &Slots::ranks)
+      .field("scalings", &OuterArgs::slots, &Slots::scalings)
+      .field("max_rank", &OuterArgs::slots, &Slots::max_rank)
+      .field("scaling", &OuterArgs::slots, &Slots::scaling)
+      .field("num_slots", &OuterArgs::num_slots)
+      .field("dtype", &OuterArgs::dtype)
+      .field("x", &OuterArgs::x)
+      .field("width", &OuterArgs::width)
+      .field("scaled", &OuterArgs::scaled)
+      .field("dropout", &OuterArgs::dropout)
+      .field("out_dtype", &OuterArgs::out_dtype)
+      .field("num_splits", &OuterArgs::num_splits)
+      .field("counters", &OuterArgs::counters)
+      .field("planes", &OuterArgs::planes)
+      .set("g", low_rank(&OuterArgs::g))
+      .set("out", [](OuterArgs& args, py::handle tensor, std::vector<Region>& regions) {
+        assign(args.out, tensor, regions);
+        args.slot_stride = tensor.attr("stride")(0).cast<int64_t>();
+        args.rank_stride = tensor.attr("stride")(1).cast<int64_t>();
+        args.column_stride = tensor.attr("stride")(2).cast<int64_t>();
+      });
+  def_launcher(module, "outer", fields, &outer);
+  module.def("outer_workspace", [](int64_t num_slots, int64_t max_rank, int64_t width, int64_t max_items, bool half,
+                                   bool wide, int num_splits) {
+    const DType dtype = half ? DType::bf16 : wide ? DType::f64 : DType::f32;
+    const int64_t tiles = outer_tiles(num_slots, max_rank, width, dtype);
+    const int splits = num_splits > 0 ? num_splits : outer_splits(max_items, tiles);
+    return py::make_tuple(splits, tiles, outer_plane_bytes(tiles, splits, dtype));
+  });
 }
 
 void define(py::module_& module) {
@@ -123,6 +160,7 @@ void define(py::module_& module) {
   module.def("max_items", &max_items);
   define_shrink(module);
   define_decode(module);
+  define_outer(module);
 
   Fields<ExpandArgs> expand_fields = segment_fields<ExpandArgs>();
   expand_fields.field("y", &ExpandArgs::y)
