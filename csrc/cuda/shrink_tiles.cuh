@@ -213,7 +213,7 @@ class FmaTile {
  public:
   using Element = T;
   using Sum = Accumulator<T>;
-  static constexpr int kResident = 4;
+  static constexpr int kResident = sizeof(Sum) == 8 ? 3 : 4;
   static constexpr int kDepth = 16, kXLine = kItemRows + 4, kFLine = kRanks + 4;
   static constexpr int kRows = kRanks == 64 ? 8 : 4, kColumns = kRanks == 64 ? 4 : 2;  // of a thread
   static_assert(kItemRows / kRows * (kRanks / kColumns) == kThreads, "a thread for each part of the tile");
