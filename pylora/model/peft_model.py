@@ -168,7 +168,9 @@ class PeftModel(AnswersAsPeft, AdapterFiles, nn.Module):
             or cls.get_base_model is not _GET_BASE_MODEL
             or LoraModel._enable_peft_forward_hooks is not _PASS_TO_LAYERS
             or "_enable_peft_forward_hooks" in tuner.__dict__
-            or not _AROUND_A_CALL.isdisjoint(attributes)
+            or "_enable_peft_forward_hooks" in attributes
+            or "_without_adapter_arguments" in attributes
+            or "get_base_model" in attributes
         ):
             return None
         return tuner._modules.get("model")
@@ -306,7 +308,6 @@ class PeftModel(AnswersAsPeft, AdapterFiles, nn.Module):
 
 # Arguments for the layers, and the methods that a call goes through, as they are before anyone replaces them.
 _ADAPTER_ARGUMENTS = frozenset(("adapter_names", "alora_offsets"))
-_AROUND_A_CALL = frozenset(("_enable_peft_forward_hooks", "_without_adapter_arguments", "get_base_model"))
 _ENABLE_HOOKS = PeftModel._enable_peft_forward_hooks
 _WITHOUT_ADAPTER_ARGUMENTS = PeftModel._without_adapter_arguments
 _GET_BASE_MODEL = PeftModel.get_base_model
