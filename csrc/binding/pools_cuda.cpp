@@ -83,7 +83,7 @@ void run_shrink(const DevicePlan& on, const Tensor& x, const std::vector<cuda::F
   args.v = {v.mutable_data_ptr(), v.stride(0), v.stride(1)};
   args.scaled = scaled;
   const int64_t tiles = cuda::shrink_rank_tiles(on.slots.max_rank, args.num_slices);
-  args.num_splits = cuda::shrink_splits(on.plan.max_items, tiles, args.width);
+  args.num_splits = cuda::shrink_splits(on.plan.max_items, on.slots.max_rank, args.num_slices, args.width);
   const Tensor counters = counters_of(cuda::shrink_counters(on.plan.max_items, tiles), x);
   const Tensor planes =
       workspace_of(cuda::shrink_plane_bytes(on.plan.max_items, tiles, args.num_splits, args.dtype), x);
@@ -130,7 +130,7 @@ Tensor run_outer(const DevicePlan& on, int64_t num_slots, const Tensor& g, const
   args.rank_stride = out.stride(out_first ? 2 : 1);
   args.column_stride = out.stride(out_first ? 1 : 2);
   const int64_t tiles = cuda::outer_tiles(num_slots, on.slots.max_rank, args.width, args.dtype);
-  args.num_splits = cuda::outer_splits(on.plan.max_items, tiles);
+  args.num_splits = cuda::outer_splits(on.plan.max_items, tiles, on.slots.max_rank);
   const Tensor counters = counters_of(tiles, x);
   const Tensor planes = workspace_of(cuda::outer_plane_bytes(tiles, args.num_splits, args.dtype), x);
   args.counters = counters.mutable_data_ptr<int32_t>();

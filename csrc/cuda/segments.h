@@ -138,9 +138,11 @@ constexpr int64_t max_items(int64_t num_rows, int64_t num_segments) {
   return most < num_rows ? most : num_rows;
 }
 
-/// Columns of x in one stage of the shrink kernels, and the least of a split: shorter ones cost more planes than they
-/// gain.
+/// Columns of x in one stage of the shrink kernels, and the least of a split.
 constexpr int kStageColumns = 64, kSplitColumns = 512;
+/// Planes take 8 bytes a rank and row, 16-bit x 2 a column: with 16 columns (in outer, rows) of a split for each rank they
+/// cost at most a quarter of what is split.
+constexpr int64_t kSplitPerRank = 16;
 /// Ranks, of all slices together, of one shrink tile.
 constexpr int kTileRanks = 64;
 
@@ -152,13 +154,18 @@ constexpr int64_t shrink_rank_tiles(int64_t max_rank, int num_slices) {
 /// same on every GPU.
 constexpr int64_t kWantedBlocks = 264;
 
-/// Parts that the width is cut into, so that a few rows keep a GPU busy too. Depends on the shape alone.
-constexpr int shrink_splits(int64_t max_items, int64_t rank_tiles, int64_t width) {
-  const int64_t most = (width + kSplitColumns - 1) / kSplitColumns;
-  const int64_t blocks = max_items * rank_tiles;
+/// As many parts as keep a GPU busy, from one to `most`.
+constexpr int splits_of(int64_t blocks, int64_t most) {
   const int64_t wanted = blocks > 0 ? (kWantedBlocks + blocks - 1) / blocks : 1;
   const int64_t splits = wanted < most ? wanted : most;
   return splits < 1 ? 1 : static_cast<int>(splits);
+}
+
+/// Parts that the width is cut into, so that a few rows keep a GPU busy too. Depends on the shape alone.
+constexpr int shrink_splits(int64_t max_items, int64_t max_rank, int num_slices, int64_t width) {
+  const int64_t ranks = max_rank * num_slices < kTileRanks ? max_rank * num_slices : kTileRanks;
+  const int64_t least = kSplitPerRank * ranks > kSplitColumns ? kSplitPerRank * ranks : kSplitColumns;
+  return splits_of(max_items * shrink_rank_tiles(max_rank, num_slices), (width + least - 1) / least);
 }
 
 /// A counter for each tile whose splits are summed.
@@ -175,12 +182,15 @@ constexpr int64_t outer_tiles(int64_t num_slots, int64_t max_rank, int64_t width
   const int columns = dtype_bytes(dtype) == 2 ? kOuterColumns : kOuterFmaColumns;
   return num_slots * ((max_rank + kOuterRanks - 1) / kOuterRanks) * ((width + columns - 1) / columns);
 }
-/// As shrink_splits, with at least four items a part: planes cost two trips of 32 KB each.
-constexpr int outer_splits(int64_t max_items, int64_t tiles) {
-  const int64_t most = (max_items + 3) / 4, wanted = tiles > 0 ? (kWantedBlocks + tiles - 1) / tiles : 1;
-  const int64_t splits = wanted < most ? wanted : most;
-  return splits < 1 ? 1 : static_cast<int>(splits);
+/// Parts that the items are cut into.
+constexpr int outer_splits(int64_t max_items, int64_t tiles, int64_t max_rank) {
+  constexpr int64_t kLeastItems = 4;
+  const int64_t ranks = max_rank < kOuterRanks ? max_rank : kOuterRanks;
+  const int64_t items = kSplitPerRank * ranks / kItemRows;
+  const int64_t least = items > kLeastItems ? items : kLeastItems;
+  return splits_of(tiles, (max_items + least - 1) / least);
 }
+
 constexpr int64_t outer_plane_bytes(int64_t tiles, int num_splits, DType dtype) {
   if (num_splits <= 1) return 0;
   return tiles * num_splits * kOuterRanks * kOuterColumns * dtype_bytes(accumulator_dtype(dtype));

@@ -49,7 +49,7 @@ constexpr bool decodes_cuda(const Shape& shape, const Dropout& dropout) {
 
 constexpr int shrink_splits_cuda(const Shape& shape, int64_t width) {
   const int64_t items = cuda::plan_of_one_slot(shape.num_tokens).max_items;
-  return cuda::shrink_splits(items, cuda::shrink_rank_tiles(shape.rank, 1), width);
+  return cuda::shrink_splits(items, shape.rank, 1, width);
 }
 constexpr int64_t shrink_planes_cuda(const Shape& shape, int64_t width) {
   const int64_t items = cuda::plan_of_one_slot(shape.num_tokens).max_items;
@@ -58,7 +58,7 @@ constexpr int64_t shrink_planes_cuda(const Shape& shape, int64_t width) {
 }
 constexpr int outer_splits_cuda(const Shape& shape, int64_t width) {
   return cuda::outer_splits(cuda::plan_of_one_slot(shape.num_tokens).max_items,
-                            cuda::outer_tiles(1, shape.rank, width, shape.dtype));
+                            cuda::outer_tiles(1, shape.rank, width, shape.dtype), shape.rank);
 }
 constexpr int64_t outer_planes_cuda(const Shape& shape, int64_t width) {
   return cuda::outer_plane_bytes(cuda::outer_tiles(1, shape.rank, width, shape.dtype), outer_splits_cuda(shape, width),

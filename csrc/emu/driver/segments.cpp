@@ -74,9 +74,7 @@ void define_shrink(py::module_& module) {
       .set("factors", factors(&ShrinkArgs::factors))
       .set("v", low_rank(&ShrinkArgs::v));
   def_launcher(module, "shrink", fields, &shrink);
-  module.def("shrink_splits", [](int64_t max_items, int64_t max_rank, int num_slices, int64_t width) {
-    return shrink_splits(max_items, shrink_rank_tiles(max_rank, num_slices), width);
-  });
+  module.def("shrink_splits", &shrink_splits);
   module.def("shrink_workspace", [](int64_t max_items, int64_t max_rank, int num_slices, int num_splits, bool wide) {
     const int64_t tiles = shrink_rank_tiles(max_rank, num_slices);
     return py::make_tuple(shrink_counters(max_items, tiles),
@@ -144,7 +142,7 @@ void define_outer(py::module_& module) {
                                    bool wide, int num_splits) {
     const DType dtype = half ? DType::bf16 : wide ? DType::f64 : DType::f32;
     const int64_t tiles = outer_tiles(num_slots, max_rank, width, dtype);
-    const int splits = num_splits > 0 ? num_splits : outer_splits(max_items, tiles);
+    const int splits = num_splits > 0 ? num_splits : outer_splits(max_items, tiles, max_rank);
     return py::make_tuple(splits, tiles, outer_plane_bytes(tiles, splits, dtype));
   });
 }

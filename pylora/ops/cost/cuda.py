@@ -1,0 +1,92 @@
+"""What the CUDA kernels over segments cannot do without, and the time that a GPU's public figures allow for it.
+
+Explained in README.md beside this file. Nothing here was measured: a kernel may come near a floor or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pylora.ops.cost import BYTES, Cost
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks from a data sheet: bytes a second, dense operations a second by 16-bit tensor cores and by f32 FMA."""
+
+    bandwidth: float
+    tensor: float
+    fma: float
+
+
+GPUS = {
+    "A100": Gpu(2.039e12, 312e12, 19.5e12),  # NVIDIA A100 data sheet, SXM 80 GB
+    "H100": Gpu(3.35e12, 989.4e12, 66.9e12),  # NVIDIA H100 data sheet, SXM, without sparsity
+    "L40S": Gpu(0.864e12, 362.05e12, 91.6e12),  # NVIDIA L40S data sheet, without sparsity
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows that share a slot, and the slot's rank."""
+
+    rows: int
+    rank: int
+
+
+def _rows(segments: Sequence[Segment]) -> int:
+    return sum(s.rows for s in segments if s.rank)
+
+
+def _v_elements(segments: Sequence[Segment]) -> int:
+    return sum(s.rows * s.rank for s in segments)
+
+
+def _factor_elements(segments: Sequence[Segment], width: int) -> int:
+    """Every segment is another slot's."""
+    return sum(s.rank * width for s in segments if s.rows)
+
+
+def shrink(segments: Sequence[Segment], width: int, dtype: str, factor_dtype: str | None = None) -> Cost:
+    """v = x fᵀ: reads x and the factors, writes v in f32."""
+    size = BYTES[dtype]
+    factors = BYTES[factor_dtype or dtype] * _factor_elements(segments, width)
+    v = _v_elements(segments)
+    return Cost(2 * v * width, size * _rows(segments) * width + factors + max(size, 4) * v)
+
+
+def expand(segments: Sequence[Segment], width: int, dtype: str, factor_dtype: str | None = None) -> Cost:
+    """y += scaling v f: reads v and the factors, reads and writes y."""
+    size = BYTES[dtype]
+    factors = BYTES[factor_dtype or dtype] * _factor_elements(segments, width)
+    v = _v_elements(segments)
+    return Cost(2 * v * width, 2 * size * _rows(segments) * width + factors + max(size, 4) * v)
+
+
+def decode(segments: Sequence[Segment], in_features: int, out_features: int, dtype: str) -> Cost:
+    """Both in one launch: v stays on the chip."""
+    size, v = BYTES[dtype], _v_elements(segments)
+    rows = _rows(segments) * (in_features + 2 * out_features)
+    factors = _factor_elements(segments, in_features + out_features)
+    return Cost(2 * v * (in_features + out_features), size * (rows + factors))
+
+
+def backward(
+    segments: Sequence[Segment], in_features: int, out_features: int, dtype: str, factor_dtype: str | None = None
+) -> Cost:
+    """dX += G A, dA, dB: dY, x, v and the factors read once, dX read and written, dA and dB written once."""
+    size, factor_size, v = BYTES[dtype], BYTES[factor_dtype or dtype], _v_elements(segments)
+    rows = _rows(segments) * (out_features + 3 * in_features)
+    factors = 2 * _factor_elements(segments, in_features + out_features)
+    return Cost(4 * v * (in_features + out_features), size * rows + factor_size * factors + max(size, 4) * v)
+
+
+LAUNCHES = {"shrink": 1, "expand": 1, "decode": 1, "backward": 4}
+"""Kernels that each of them is made of: backward has shrink for G, expand for dX, and one sum each for dA and dB."""
+
+
+def floor_seconds(cost: Cost, gpu: Gpu, dtype: str) -> float:
+    """What memory and arithmetic take at their peaks, whichever is longer; a launch has a time of its own on top."""
+    peak = gpu.tensor if BYTES[dtype] == 2 else gpu.fma
+    return max(cost.bytes / gpu.bandwidth, cost.flops / peak)

@@ -1,0 +1,175 @@
+"""Breaks the CUDA kernels on purpose, one place at a time, and counts how often the emulated tests notice.
+
+A mutant deletes a barrier or a wait, waits for one group of copies too few, drops a guard at a tail, or shifts an
+index. Its kernel's tests (below) run against it until one fails. Exit status 1: fewer than --goal of the mutants were
+noticed.
+
+    python tools/mutate_cuda.py                 all of them; the better part of an hour on two cores
+    python tools/mutate_cuda.py --only decode   one kernel's
+    python tools/mutate_cuda.py --list          what there is to break
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ROOT / "build" / "mutants" / "tree"
+BUILD = ROOT / "build" / "mutants" / "build"
+
+KERNELS = {
+    "plan": (["csrc/cuda/plan.cu"], "tests/cuda/test_sgmv.py"),
+    "splits": (["csrc/cuda/segments.cuh"], "tests/cuda/test_outer.py"),
+    "shrink": (["csrc/cuda/shrink.cu", "csrc/cuda/shrink_tiles.cuh"], "tests/cuda/test_sgmv.py"),
+    "expand": (["csrc/cuda/expand.cu", "csrc/cuda/expand_tiles.cuh"], "tests/cuda/test_sgmv.py"),
+    "decode": (["csrc/cuda/decode.cu", "csrc/cuda/decode_tiles.cuh"], "tests/cuda/test_bgmv.py"),
+    "outer": (["csrc/cuda/outer.cu", "csrc/cuda/outer_tiles.cuh"], "tests/cuda/test_outer.py"),
+}
+"""Sources of each kernel, and its tests."""
+
+RULES = [
+    ("barrier deleted", r"__syncthreads\(\);", ";"),
+    ("wait deleted", r"cp_async_wait<[^>]*>\(\);", ";"),
+    ("wait of one group too few", r"cp_async_wait<(kStages - 2)>\(\);", r"cp_async_wait<\1 + 1>();"),
+    ("arrival unordered", r"while \(load_acquire\(.*\) < \w+\)", "while (false)"),
+    ("tail guard dropped", r"(?<=\? )left - column(?= : 0)", "8"),
+    ("tail guard dropped", r"\binside \? (.+?) : \w+[\({].*?[\)}](?=;)", r"\1"),
+    ("tail guard dropped", r"!inside \? 0 : ", ""),
+    ("tail guard dropped", r"if \((?:r|rank|line|token|n|k|r \+ rank)\b[^;{]*[<>]=? [^;{]*\) return;", ";"),
+    ("tail guard dropped", r"const int valid = r < num_rows \? (.+?) : 0;", r"const int valid = \1;"),
+    ("tail guard dropped", r"row_\[h\] < 0 \? 0 : num_columns - t \* 8", "num_columns - t * 8"),
+    ("tail guard dropped", r"\be < valid\b", "true"),
+    ("ranks padded up", r"\bgroup_\.rank - first\b", "kDepth"),
+    ("index shifted", r"lane % 16\)", "(lane + 1) % 16)"),
+    (
+        "index shifted",
+        r"high = lane / 16 \* 8, low = lane / 8 % 2 \* 8",
+        "low = lane / 16 * 8, high = lane / 8 % 2 * 8",
+    ),
+    ("index shifted", r"i / 2 \* 8\b", "(1 - i / 2) * 8"),
+    ("index shifted", r"\brow_at\((.*?), (r|g|token)\)", r"row_at(\1, 0)"),
+    ("sum order or part lost", r"int (s|split) = 0; \1 <", r"int \1 = 1; \1 <"),
+    ("counter left", r"store_global\(counters? ?(?:\+ i)?, 0\);", ";"),
+]
+"""(what is broken, what is looked for in a line, what stands there instead)."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    kernel: str
+    path: str
+    line: int  # from 1
+    rule: str
+    text: str  # the line instead
+
+
+def mutants_of(kernel: str) -> Iterator[Mutant]:
+    """Every place of a kernel's sources that a rule applies to."""
+    for path in KERNELS[kernel][0]:
+        for number, line in enumerate((ROOT / path).read_text().splitlines(), 1):
+            if line.lstrip().startswith("//"):
+                continue
+            for rule, pattern, replacement in RULES:
+                broken = re.sub(pattern, replacement, line, count=1)
+                if broken != line:
+                    yield Mutant(kernel, path, number, rule, broken)
+
+
+def run(*command: str, environment: dict[str, str] | None = None, seconds: int = 600) -> bool:
+    """Whether the command succeeded in time."""
+    try:
+        result = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return result.returncode == 0
+
+
+def build() -> bool:
+    return run("cmake", "--build", str(BUILD), "--target", "_emulated")
+
+
+def notices(kernel: str, seconds: int) -> bool:
+    environment = {"PYLORA_EMULATED": str(BUILD), "OMP_NUM_THREADS": "1"}
+    tests = KERNELS[kernel][1]
+    return not run(sys.executable, "-m", "pytest", "-q", "-x", tests, environment=environment, seconds=seconds)
+
+
+def prepare() -> None:
+    """A copy of the sources, built as they are: the tests have to pass there."""
+    for folder in ("csrc", "cmake"):
+        shutil.copytree(ROOT / folder, TREE / folder, dirs_exist_ok=True)
+    shutil.copy(ROOT / "CMakeLists.txt", TREE)
+    options = ["-DPYLORA_EMULATE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    if not run("cmake", "-S", str(TREE), "-B", str(BUILD), "-G", "Ninja", *options) or not build():
+        raise SystemExit("mutate_cuda: the sources as they are do not build")
+
+
+def try_out(mutant: Mutant, seconds: int) -> bool | None:
+    """Whether the tests notice; None if the mutant is no program."""
+    path = TREE / mutant.path
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    lines[mutant.line - 1] = mutant.text + "\n"
+    path.write_text("".join(lines))
+    try:
+        return notices(mutant.kernel, seconds) if build() else None
+    finally:
+        path.write_text(whole)
+
+
+def report(results: list[tuple[Mutant, bool | None]], console: Console) -> float:
+    """Print shares and what went unnoticed; return the share of all."""
+    table = Table("kernel", "mutants", "noticed", "share")
+    for kernel in KERNELS:
+        mine = [noticed for mutant, noticed in results if mutant.kernel == kernel and noticed is not None]
+        if mine:
+            table.add_row(kernel, str(len(mine)), str(sum(mine)), f"{sum(mine) / len(mine):.0%}")
+    console.print(table)
+    for mutant, noticed in results:
+        if noticed is False:
+            console.print(f"unnoticed: {mutant.path}:{mutant.line}: {mutant.rule}: {mutant.text.strip()}", markup=False)
+    counted = [noticed for _, noticed in results if noticed is not None]
+    return sum(counted) / len(counted) if counted else 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=KERNELS, action="append", help="a kernel; may be given several times")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    parser.add_argument("--every", type=int, default=1, help="try each n-th mutant alone")
+    parser.add_argument("--goal", type=float, default=0.9, help="share that has to be noticed")
+    parser.add_argument("--seconds", type=int, default=120, help="after which tests that still run count as failed")
+    options = parser.parse_args(arguments)
+    mutants = [mutant for kernel in options.only or KERNELS for mutant in mutants_of(kernel)][:: options.every]
+    console = Console(width=160)
+    if options.list:
+        for mutant in mutants:
+            console.print(f"{mutant.path}:{mutant.line}: {mutant.rule}: {mutant.text.strip()}", markup=False)
+        return 0
+    prepare()
+    for kernel in {mutant.kernel for mutant in mutants}:
+        if notices(kernel, options.seconds):
+            raise SystemExit(f"mutate_cuda: {KERNELS[kernel][1]} fails on the sources as they are")
+    results = []
+    for mutant in mutants:
+        results.append((mutant, try_out(mutant, options.seconds)))
+        word = {True: "noticed", False: "UNNOTICED", None: "does not compile"}[results[-1][1]]
+        console.print(f"{word}: {mutant.path}:{mutant.line}: {mutant.rule}", markup=False, highlight=False)
+    return 0 if report(results, console) >= options.goal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
