@@ -116,8 +116,9 @@ emulate: $(VENV)/.built  ## Run the CUDA kernels and their launchers on the CPU,
 	PYLORA_EMULATED=build/emulate OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emu $(wildcard tests/cuda) $(PYTEST)
 
 # Python itself is not instrumented: the sanitizer's runtime is loaded before it, and leaks are not looked for. TSan
-# counts the findings in its exit status, which workers of pytest would keep to themselves. TSAN_PYTEST picks its tests.
-TSAN_PYTEST ?= -k "not large"
+# counts the findings in its exit status, which workers of pytest would keep to themselves. TSAN_PYTEST picks its tests:
+# one order of threads, since it finds races in every one.
+TSAN_PYTEST ?= -k "random or sanitizer"
 PRELOAD = LD_PRELOAD="$(foreach name,$(1),$(shell $(CXX) -print-file-name=lib$(name).so))"
 emulate-full: $(VENV)/.built  ## The same under ASan and UBSan, and small shapes under TSan.
 	$(EMULATE) -B build/emulate-asan -DPYLORA_SANITIZE=address,undefined > /dev/null
