@@ -21,7 +21,7 @@ from torch import nn
 from pylora import LoraConfig
 from pylora.layers import Linear, fused
 from pylora.layers.row_names import RowNames
-from pylora.ops import dense_forward, dense_mixed_forward
+from pylora.ops import dense_forward, dense_mixed_forward, register_dora
 
 
 def set_adapter(layer: Linear) -> None:
@@ -512,3 +512,41 @@ def test_a_layer_is_freed_with_its_last_reference(make_layer) -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_dora_comes_back_to_python_only_for_norms_that_are_not_kept(make_layer, monkeypatch) -> None:
+    layer, x, entered = make_layer(use_dora=True), torch.randn(3, 24), []
+    variant: Any = type(layer.lora_variant["default"])
+    own = variant.fused_forward
+
+    def noting(cls: Any, *args: Any) -> torch.Tensor | None:
+        entered.append(own(*args))
+        return entered[-1]
+
+    monkeypatch.setattr(variant, "fused_forward", classmethod(noting))
+    before = layer(x)
+    assert len(entered) == 1
+    torch.testing.assert_close(layer(x), before)
+    assert len(entered) == 1
+
+    with torch.no_grad():
+        layer.lora_A["default"].weight.mul_(3)
+    changed = layer(x)
+    assert len(entered) == 2
+    torch.testing.assert_close(layer(x), changed)
+    assert len(entered) == 2
+    assert not torch.allclose(changed, before)
+
+    layer.lora_magnitude_vector["default"].weight.data = torch.zeros(40)  # no norm depends on it
+    torch.testing.assert_close(layer(x), layer.base_layer.bias.expand(3, 40))
+    assert len(entered) == 2
+
+    layer.lora_magnitude_vector["default"].register_forward_hook(lambda *_: None)
+    layer(x)
+    assert len(entered) == 3
+    assert entered[2] is None
+
+
+def test_register_dora_refuses_what_is_no_class() -> None:
+    with pytest.raises(TypeError, match="register_dora: expected two classes and a function"):
+        register_dora(Linear, 3, len)  # type: ignore[arg-type]
