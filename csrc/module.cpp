@@ -19,6 +19,7 @@
 #include "multi_lora/multi_lora.h"
 #include "select/call.h"
 #include "sgmv/call.h"
+#include "uniform/call.h"
 
 namespace py = pybind11;
 
@@ -96,6 +97,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gram_product", &lanczos::call_gram_product, arg("matrix"), arg("x"), no_gil);
   m.def("ritz_residuals", &lanczos::call_ritz_residuals, arg("diagonal"), arg("above"), arg("rank"), no_gil);
   m.def("keep_largest", &select::call_keep_largest, arg("x"), arg("count"), no_gil);
+  m.def("uniform_", &uniform::call_uniform, arg("out"), arg("bound"), arg("skip"), no_gil);
   m.def("sgmv_", &sgmv::eager_add, no_gil);
   m.def("sgmv_shrink", &sgmv::eager_shrink, no_gil);
   m.def("sgmv_expand_", &sgmv::eager_expand, no_gil);

@@ -8,6 +8,12 @@ import torch
 from torch import nn
 
 from pylora.init.registry import Factors, register_init
+from pylora.ops import uniform_
+
+# torch's start of a linear layer: kaiming_uniform_ with a slope of sqrt(5).
+_SLOPE = math.sqrt(5)
+_GAIN = math.sqrt(2.0 / (1 + _SLOPE**2))
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 @register_init(True, only_draws=True)
@@ -16,12 +22,12 @@ def kaiming(factors: Factors) -> None:
 
     As Microsoft's loralib does (`loralib/layers.py`): the adapter changes nothing before it is trained.
     """
-    skip_default_draws(factors)
     if factors.embedding:
+        skip_default_draws(factors)
         factors.a.zero_()
         factors.b.normal_()
     else:
-        nn.init.kaiming_uniform_(factors.a, a=math.sqrt(5))
+        kaiming_uniform_(factors.a, skip=default_draws(factors))
         factors.b.zero_()
     _zero_bias(factors)
 
@@ -48,29 +54,48 @@ def random(factors: Factors) -> None:
         factors.a.normal_()
         factors.b.normal_()
         return
-    nn.init.kaiming_uniform_(factors.a, a=math.sqrt(5))
-    nn.init.kaiming_uniform_(factors.b, a=math.sqrt(5))
+    kaiming_uniform_(factors.a)
+    kaiming_uniform_(factors.b)
     if factors.b_bias is not None:
         bound = 1 / math.sqrt(factors.b.shape[1])
         factors.b_bias.uniform_(-bound, bound)
 
 
-def skip_default_draws(factors: Factors) -> None:
-    """Advance the generator by the draws that `random` makes: PEFT's factors get them before the scheme's."""
+def kaiming_uniform_(tensor: torch.Tensor, skip: int = 0) -> None:
+    """`nn.init.kaiming_uniform_(tensor, a=sqrt(5))`, which draws the same numbers one by one, behind `skip` others.
+
+    Args:
+        tensor: [out, in] or a convolution's kernel [out, in, kernel...].
+        skip: Numbers to pass over before, of the CPU's generator.
+    """
+    plain = type(tensor) in _PLAIN and tensor.device.type == "cpu" and tensor.numel()
+    if not plain:  # sharded, on another device, or nothing to draw
+        uniform_(torch.empty(0, dtype=torch.float32, device="cpu"), 1.0, skip)
+        nn.init.kaiming_uniform_(tensor, a=_SLOPE)
+        return
+    fan_in = tensor.numel() // tensor.shape[0]
+    uniform_(tensor, math.sqrt(3.0) * (_GAIN / math.sqrt(fan_in)), skip)
+
+
+def default_draws(factors: Factors) -> int:
+    """How many f32 numbers `random` draws for these factors, an embedding's apart: PEFT's get them before the scheme's.
+
+    None on other devices, where PEFT's numbers would still come from the CPU.
+    """
     if factors.a.device.type != "cpu":
-        return
+        return 0
     tensors = [tensor for tensor in (factors.a, factors.b, factors.b_bias) if tensor is not None]
-    if factors.embedding:
-        for tensor in tensors:
-            tensor.normal_()
+    # One step of the generator a number, two for one of 64 bits.
+    return sum(tensor.numel() for tensor in tensors) * (2 if factors.a.dtype == torch.float64 else 1)
+
+
+def skip_default_draws(factors: Factors) -> None:
+    """Advance the generator by the draws that `random` makes, in the order in which it makes them."""
+    if factors.embedding and factors.a.device.type == "cpu":
+        factors.a.normal_()
+        factors.b.normal_()
         return
-    # One step a number, whatever the range: two of them make one integer, in half the time of two numbers.
-    steps = sum(tensor.numel() for tensor in tensors)
-    scratch = torch.empty(min(steps // 2, 4096), dtype=torch.int64, device="cpu")
-    for first in range(0, steps // 2, 4096):
-        scratch[: steps // 2 - first].random_()
-    if steps % 2:
-        torch.empty(1, device="cpu").uniform_()
+    uniform_(torch.empty(0, dtype=torch.float32, device="cpu"), 1.0, default_draws(factors))
 
 
 def _zero_bias(factors: Factors) -> None:

@@ -10,6 +10,7 @@ from pylora.ops.multi_lora import AdapterPools, multi_lora_linear
 from pylora.ops.plan import BatchPlan
 from pylora.ops.select import keep_largest
 from pylora.ops.sgmv import sgmv_, sgmv_expand_, sgmv_shrink
+from pylora.ops.uniform import uniform_
 
 __all__ = [
     "AdapterPools",
@@ -40,5 +41,6 @@ __all__ = [
     "sgmv_expand_",
     "sgmv_shrink",
     "swap_",
+    "uniform_",
     "unmerge_",
 ]
