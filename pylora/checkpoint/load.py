@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pylora.checkpoint.files import StrPath, find_weights
@@ -42,20 +43,51 @@ def load_peft_weights(
         pickle.UnpicklingError: a .bin file that is corrupt or holds anything but tensors (it is never unpickled
             beyond those: `weights_only=True`). Truncated ones raise RuntimeError or EOFError.
     """
-    path = find_weights(model_id, **hf_hub_download_kwargs)
+    return _load(model_id, device, key_mapping, False, hf_hub_download_kwargs)
+
+
+def view_peft_weights(
+    model_id: StrPath,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, Tensor]:
+    """As `load_peft_weights`, for tensors that are only copied from: on the CPU they are views of the file's pages."""
+    return _load(model_id, device, key_mapping, True, hf_hub_download_kwargs)
+
+
+def _load(
+    model_id: StrPath,
+    device: str | torch.device | None,
+    key_mapping: Mapping[str, str] | None,
+    as_views: bool,
+    hub: dict[str, Any],
+) -> dict[str, Tensor]:
+    path = find_weights(model_id, **hub)
     device = "cpu" if device is None else device
-    tensors = _read_safetensors(path, device) if path.suffix == ".safetensors" else _read_pickle(path, device)
-    return rename_keys(tensors, key_mapping)
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    if as_views and read is _read_safetensors and str(device) == "cpu":
+        read = _view_safetensors
+    return rename_keys(read(path, device), key_mapping)
 
 
-def _read_safetensors(path: os.PathLike[str], device: str | torch.device) -> dict[str, Tensor]:
+def _view_safetensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
+    from pylora.checkpoint.mapped_file import MappedFileError, map_safetensors
+
+    try:
+        return map_safetensors(path)
+    except MappedFileError:  # what is wrong safetensors says too, and it knows more dtypes
+        return _read_safetensors(path, device)
+
+
+def _read_safetensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     # safetensors cannot place tensors on Metal itself.
     return load_file(path, device="cpu" if str(device).startswith("mps") else str(device))
 
 
-def _read_pickle(path: os.PathLike[str], device: str | torch.device) -> dict[str, Tensor]:
+def _read_pickle(path: Path, device: str | torch.device) -> dict[str, Tensor]:
     import torch
 
     tensors = torch.load(path, map_location=torch.device(device), weights_only=True)

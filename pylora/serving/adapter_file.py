@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pylora.checkpoint import load_peft_weights
 from pylora.checkpoint.files import find_weights
 from pylora.checkpoint.keys import MODEL_PREFIX
+from pylora.checkpoint.mapped_file import map_safetensors
 from pylora.config import PeftConfig, pattern_value, require_supported, scaling_for
 from pylora.config.support import as_trained
 from pylora.errors import UnsupportedFeatureError
 from pylora.serving.errors import AdapterFileError, AdapterMismatchError
-from pylora.serving.mapped_file import map_safetensors
 from pylora.serving.spec import LayerShape
 
 if TYPE_CHECKING:

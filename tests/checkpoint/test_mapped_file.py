@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pylora.serving import AdapterFileError
-from pylora.serving.mapped_file import map_safetensors
+from pylora.checkpoint.load import load_peft_weights, view_peft_weights
+from pylora.checkpoint.mapped_file import MappedFileError, map_safetensors
 
 
 def raw(path: Path, header: Any, data: bytes = b"", size: int | None = None) -> Path:
@@ -78,10 +79,12 @@ def test_no_tensors(tmp_path: Path) -> None:
         ({"x": entry("F16", [1], 0, 2), "y": entry("F32", [1], 2, 6)}, b"123456", None, "data of F32 at byte 2"),
         ({"x": entry("I64", [1], 0, 8)}, b"12345678", None, "expected one of the dtypes F64, F32, F16, BF16, got I64"),
         ({"x": entry([], [1], 0, 4)}, b"1234", None, "no header"),
+        ({"x": entry("F32", [1], 4, 8)}, b"12345678", None, "data from byte 0 on, got it from byte 4"),
+        ({"x": entry("F32", [2], 0, 8), "y": entry("F32", [1], 4, 8)}, b"12345678", None, "data from byte 8 on"),
     ],
 )
 def test_broken_files(tmp_path: Path, header: Any, data: bytes, size: int | None, message: str) -> None:
-    with pytest.raises(AdapterFileError, match=message):
+    with pytest.raises(MappedFileError, match=message):
         map_safetensors(raw(tmp_path / "t", header, data, size))
 
 
@@ -89,5 +92,22 @@ def test_broken_files(tmp_path: Path, header: Any, data: bytes, size: int | None
 def test_files_shorter_than_a_header(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "t"
     path.write_bytes(content)
-    with pytest.raises(AdapterFileError, match="broken weights"):
+    with pytest.raises(MappedFileError, match="broken weights"):
         map_safetensors(path)
+
+
+def test_loading_into_a_model_maps_what_can_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views for a load that copies; safetensors for other dtypes, for broken files and for tensors that are kept."""
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({"x": torch.arange(3.0)}, path)
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.load_file", lambda *args, **kwargs: pytest.fail("read by safetensors"))
+        assert torch.equal(view_peft_weights(tmp_path)["x"], torch.arange(3.0))
+    kept = load_peft_weights(tmp_path)["x"]
+    kept.add_(1)  # its own memory
+    assert torch.equal(load_file(path)["x"], torch.arange(3.0))
+    save_file({"x": torch.arange(3)}, path)
+    assert torch.equal(view_peft_weights(tmp_path)["x"], torch.arange(3))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SafetensorError):
+        view_peft_weights(tmp_path)

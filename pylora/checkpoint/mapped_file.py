@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pylora.serving.errors import AdapterFileError
-
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER = 100_000_000
 """The format's own limit, in bytes."""
+
+
+class MappedFileError(ValueError):
+    """A file that cannot be mapped: broken, or with tensors of dtypes that torch's CPU operators lack."""
 
 
 def map_safetensors(path: Path) -> dict[str, Tensor]:
@@ -32,7 +34,7 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     Format: https://github.com/huggingface/safetensors#format
 
     Raises:
-        AdapterFileError: it is truncated, or not of this format, or a tensor is not of floating point numbers that
+        MappedFileError: it is truncated, or not of this format, or a tensor is not of floating point numbers that
             torch's CPU operators have.
         OSError: it cannot be opened.
     """
@@ -40,14 +42,14 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:  # an empty file
-            raise AdapterFileError(f"broken weights: {error}") from None
+            raise MappedFileError(f"broken weights: {error}") from None
     size = int.from_bytes(mapped[:8], "little")
     start = 8 + size
     if size > _MAX_HEADER or start > len(mapped):
-        raise AdapterFileError(f"broken weights: a header of {size} bytes in a file of {len(mapped)}")
+        raise MappedFileError(f"broken weights: a header of {size} bytes in a file of {len(mapped)}")
     places, data_size = _layout(mapped[8:start])
     if start + data_size != len(mapped):
-        raise AdapterFileError(f"broken weights: expected {start + data_size} bytes, got {len(mapped)}")
+        raise MappedFileError(f"broken weights: expected {start + data_size} bytes, got {len(mapped)}")
     views = {dtype: _over(mapped, start, dtype) for dtype in {place.dtype for place in places}}
     return {key: views[dtype].as_strided(shape, strides, first) for key, dtype, shape, strides, first in places}
 
@@ -68,9 +70,14 @@ def _layout(header: bytes) -> tuple[list[_Place], int]:
     try:
         entries = {key: _entry(value) for key, value in json.loads(header).items() if key != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise AdapterFileError(f"broken weights: no header of a .safetensors file: {error!r}") from None
+        raise MappedFileError(f"broken weights: no header of a .safetensors file: {error!r}") from None
     places = [_place(key, *entry) for key, entry in entries.items()]
-    return places, max((end for *_, end in entries.values()), default=0)
+    size = 0
+    for begin, end in sorted((begin, end) for *_, begin, end in entries.values()):
+        if begin != size:
+            raise MappedFileError(f"broken weights: expected data from byte {size} on, got it from byte {begin} on")
+        size = end
+    return places, size
 
 
 def _over(mapped: mmap.mmap, start: int, dtype: torch.dtype) -> Tensor:
@@ -99,13 +106,13 @@ def _entry(value: Any) -> tuple[str, list[int], int, int]:
 def _place(key: str, dtype_name: str, shape: list[int], begin: int, end: int) -> _Place:
     dtype = _DTYPES.get(dtype_name)
     if dtype is None:
-        raise AdapterFileError(f"{key}: expected one of the dtypes {', '.join(_DTYPES)}, got {dtype_name}")
+        raise MappedFileError(f"{key}: expected one of the dtypes {', '.join(_DTYPES)}, got {dtype_name}")
     strides, count = [1] * len(shape), 1
     for place in range(len(shape) - 1, -1, -1):
         strides[place] = count
         count *= shape[place]
     if end - begin != count * dtype.itemsize:
-        raise AdapterFileError(f"broken weights: {key}: expected {count * dtype.itemsize} bytes, got {end - begin}")
+        raise MappedFileError(f"broken weights: {key}: expected {count * dtype.itemsize} bytes, got {end - begin}")
     if begin % dtype.itemsize:
-        raise AdapterFileError(f"broken weights: {key}: data of {dtype_name} at byte {begin} of the data")
+        raise MappedFileError(f"broken weights: {key}: data of {dtype_name} at byte {begin} of the data")
     return _Place(key, dtype, tuple(shape), tuple(strides), begin // dtype.itemsize)
