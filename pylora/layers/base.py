@@ -17,7 +17,7 @@ from pylora.errors import PeftWarning
 from pylora.init import BaseAccess, draws_left_out, init_adapter
 from pylora.layers.base_weight import is_conv1d
 from pylora.layers.blank import blank, empty_linear
-from pylora.layers.tuner_layer import BaseTunerLayer, params_of, set_layer_requires_grad
+from pylora.layers.tuner_layer import BaseTunerLayer, entry_of, params_of, set_layer_requires_grad
 from pylora.layers.variants.protocol import LoraVariant
 from pylora.layers.variants.registry import Variants, resolve_variant, variants_of
 
@@ -93,13 +93,17 @@ class LoraLayer(BaseTunerLayer):
     _tied_layers: dict[str, list[Any]]
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
-        self.base_layer = base_layer
-        for name in ("lora_dropout", "lora_A", "lora_B"):
-            self._modules[name] = blank(nn.ModuleDict)
-        for name in ("lora_embedding_A", "lora_embedding_B"):
-            self._modules[name] = blank(nn.ParameterDict)
-        self._modules["lora_magnitude_vector"] = blank(nn.ModuleDict)
-        # Not one by one: torch looks at each value to see whether it is a module or a parameter, which takes 3 us.
+        # Not through `__setattr__`: torch looks at each value to see whether it is a module or a parameter, which
+        # takes 3 us.
+        self._modules.update(
+            base_layer=base_layer,
+            lora_dropout=blank(nn.ModuleDict),
+            lora_A=blank(nn.ModuleDict),
+            lora_B=blank(nn.ModuleDict),
+            lora_embedding_A=blank(nn.ParameterDict),
+            lora_embedding_B=blank(nn.ParameterDict),
+            lora_magnitude_vector=blank(nn.ModuleDict),
+        )
         self.__dict__.update(
             r={},
             lora_alpha={},
@@ -194,8 +198,8 @@ class LoraLayer(BaseTunerLayer):
         """Remove what a replaced adapter of that name had beside its factors."""
         self.lora_variant.pop(adapter_name, None)
         self._tied_layers.pop(adapter_name, None)
-        for attr, container in self._adapter_containers():
-            if attr not in self.factor_names and adapter_name in container:
+        for attr, container, _ in self._adapter_entries(adapter_name):
+            if attr not in self.factor_names:
                 del container[adapter_name]
 
     def _settle_new_adapter(self, adapter_name: str, inference_mode: bool) -> None:
@@ -204,13 +208,11 @@ class LoraLayer(BaseTunerLayer):
         if trainable and self._may_train is not None:
             self._may_train.add(adapter_name)
         training: bool = self.training  # type: ignore[attr-defined]
-        for container in (self.lora_dropout, *(each for _, each in self._adapter_containers())):
-            if adapter_name not in container:
-                continue
-            item = container[adapter_name]
-            if container is not self.lora_dropout:
-                set_layer_requires_grad(item, trainable)
-            if not training and isinstance(item, nn.Module):
+        items = [item for _, _, item in self._adapter_entries(adapter_name)]
+        for item in items:
+            set_layer_requires_grad(item, trainable)
+        for item in () if training else (*items, entry_of(self._modules["lora_dropout"], adapter_name)):
+            if isinstance(item, nn.Module):
                 if item._modules or type(item) not in _WITHOUT_A_MODE_OF_THEIR_OWN:
                     item.eval()
                 else:
@@ -273,17 +275,14 @@ class LoraLayer(BaseTunerLayer):
             return
         if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
             dtype = None
-        for _, container in self._adapter_containers():
-            if adapter_name not in container:
-                continue
-            item = container[adapter_name]
-            params = params_of(item)
-            if any(p.is_meta for p in params):
-                container[adapter_name] = item.to(dtype=dtype)  # a load that follows keeps to this dtype
-                continue
-            if all(p.device == device and (dtype is None or p.dtype == dtype) for p in params):
-                continue
-            container[adapter_name] = item.to(device=device, dtype=dtype)
+        for _, container, item in self._adapter_entries(adapter_name):
+            for param in params_of(item):
+                if param.is_meta:
+                    container[adapter_name] = item.to(dtype=dtype)  # a load that follows keeps to this dtype
+                    break
+                if param.device != device or (dtype is not None and param.dtype != dtype):
+                    container[adapter_name] = item.to(device=device, dtype=dtype)
+                    break
 
     def _has_adapter(self, name: str) -> bool:
         """Whether the adapter has weights on this layer."""

@@ -35,6 +35,9 @@ class Linear(DeltaLayer):
 
     variant_kind = "linear"
 
+    fan_in_fan_out: bool
+    is_target_conv_1d_layer: bool
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -46,10 +49,12 @@ class Linear(DeltaLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(base_layer, **kwargs)
-        self.fan_in_fan_out = config.fan_in_fan_out
-        self._active_adapter = [adapter_name]
+        self.__dict__.update(
+            fan_in_fan_out=config.fan_in_fan_out,
+            is_target_conv_1d_layer=is_target_conv_1d_layer,
+            _active_adapter=[adapter_name],
+        )
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        self.is_target_conv_1d_layer = is_target_conv_1d_layer
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output with the active adapters' added.

@@ -27,11 +27,19 @@ def set_layer_requires_grad(layer: nn.Module | torch.Tensor, requires_grad: bool
             param.requires_grad_(requires_grad)
 
 
-def _is_empty(container: Any) -> bool:
-    # These keep entries in one of the two; their own `len` is a Python function that others may have.
-    if type(container) is nn.ModuleDict or type(container) is nn.ParameterDict:
-        return not (container._modules or container._parameters)
-    return not len(container)
+# These keep their entries in `_modules` or `_parameters`. Their methods are Python functions of 1 us and more.
+_TORCHS_CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
+
+
+def entry_of(container: Any, name: str) -> Any:
+    """`container[name]`, None where it has no such entry."""
+    if type(container) in _TORCHS_CONTAINERS:
+        entry = container._modules.get(name)
+        if entry is None:
+            entry = container._parameters.get(name)
+        if entry is not None:
+            return entry
+    return container[name] if name in container else None  # noqa: SIM401 (ModuleDict has no `get`)
 
 
 class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of subclasses depend on it)
@@ -116,7 +124,21 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
     def _adapter_containers(self) -> list[tuple[str, Any]]:
         """The non-empty containers of adapter weights, with their attribute names."""
         modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
-        return [(name, held) for name in self.adapter_layer_names if not _is_empty(held := modules[name])]
+        return [
+            (name, held)
+            for name in self.adapter_layer_names
+            if (held := modules[name])._modules
+            or held._parameters
+            or (type(held) not in _TORCHS_CONTAINERS and len(held))
+        ]
+
+    def _adapter_entries(self, adapter_name: str) -> list[tuple[str, Any, Any]]:
+        """What the adapter has on this layer: (container's attribute name, container, entry)."""
+        return [
+            (attr, container, entry)
+            for attr, container in self._adapter_containers()
+            if (entry := entry_of(container, adapter_name)) is not None
+        ]
 
     def _get_available_adapters(self) -> set[str]:
         """Names of the adapters that have weights on this layer."""
@@ -148,8 +170,9 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
         for _, container in self._adapter_containers():
             known = container.keys() if self._may_train is None else {*self._may_train, *self.active_adapters, *names}
             for name in known:
-                if name in container:
-                    set_layer_requires_grad(container[name], name in names)
+                entry = entry_of(container, name)
+                if entry is not None:
+                    set_layer_requires_grad(entry, name in names)
         if self._may_train is not None:
             self._may_train = set(names)
         self._freeze_non_trainable_peft_weights(names)
@@ -173,10 +196,9 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
             requires_grad: The new value of the flag.
         """
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        for _, container in self._adapter_containers():
-            for name in names:
-                if name in container:
-                    set_layer_requires_grad(container[name], requires_grad)
+        for name in names:
+            for _, _, entry in self._adapter_entries(name):
+                set_layer_requires_grad(entry, requires_grad)
         if requires_grad:
             if self._may_train is not None:
                 self._may_train |= names
@@ -227,6 +249,9 @@ class BaseTunerLayer(ABC):  # noqa: B024 (PEFT's is an ABC, and metaclasses of s
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         """Where the base weight lives and what it computes in; None for what cannot be told."""
+        weight = base_layer._parameters.get("weight")
+        if weight is not None and type(base_layer) is nn.Linear and "compute_dtype" not in base_layer.__dict__:
+            return weight.device, weight.dtype
         weight = getattr(base_layer, "weight", None)
         if weight is None:
             weight = getattr(base_layer, "qweight", None)

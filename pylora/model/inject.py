@@ -18,6 +18,7 @@ from torch import nn
 from pylora.config import pattern_value, require_supported
 from pylora.init import at_end, base_updates_at_end, find_init
 from pylora.layers import BaseTunerLayer, LoraLayer, ParamWrapper, create_layer, find_factory, tuner_layers, walk
+from pylora.layers.walk import is_tuner_layer
 from pylora.model.lifecycle import unmerge_before_switch
 from pylora.model.replicate import replicate_layers
 from pylora.model.submodules import find_module
@@ -146,7 +147,8 @@ class Injection:
             target_name=name,
             ephemeral_gpu_offload=self.config.runtime_config.ephemeral_gpu_offload,
         )
-        layer._parent_reads_weight = isinstance(parent, nn.TransformerEncoderLayer)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            layer._parent_reads_weight = True
         journal.add(lambda: setattr(parent, child_name, _unloaded(layer)))
         setattr(parent, child_name, layer)
 
@@ -192,14 +194,18 @@ class Injection:
         active, config = self.active_adapters, self.config
         is_active = self.adapter_name in active
         if first:
-            journal.add(_flag_restorer(self.model))
-            mark_only_adapters_as_trainable(self.model, [config.bias] if is_active else [])
-            add_trained_modules(self.model, config, self.adapter_name, is_active, journal.add)
-            for layer in tuner_layers(self.model):
-                layer.set_adapter(active, inference_mode=config.inference_mode)
+            modules = [visit.module for visit in walk(self.model)]
+            journal.add(_flag_restorer(modules))
+            mark_only_adapters_as_trainable(self.model, modules, [config.bias] if is_active else [])
+            if trains_modules(config):
+                add_trained_modules(self.model, config, self.adapter_name, is_active, journal.add)
+                modules = [visit.module for visit in walk(self.model)]
+            for layer in filter(is_tuner_layer, modules):
+                if active != layer._active_adapter or not isinstance(layer, LoraLayer):
+                    layer.set_adapter(active, inference_mode=config.inference_mode)
             return
         if trains_modules(config):
-            restore_flags = _flag_restorer(self.model)
+            restore_flags = _flag_restorer(visit.module for visit in walk(self.model))
             add_trained_modules(self.model, config, self.adapter_name, is_active, journal.add)
             restore_flags()
         layers = tuner_layers(self.model)
@@ -217,13 +223,10 @@ def _unloaded(layer: Any) -> nn.Module:
     return layer.get_base_layer()
 
 
-def _flag_restorer(model: nn.Module) -> Callable[[], None]:
-    """A function that gives every parameter the model has now the `requires_grad` it has now."""
+def _flag_restorer(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """A function that gives every parameter that the modules have now the `requires_grad` it has now."""
     flags = [
-        (param, param.requires_grad)
-        for visit in walk(model)
-        for param in visit.module._parameters.values()
-        if param is not None
+        (param, param.requires_grad) for module in modules for param in module._parameters.values() if param is not None
     ]
 
     def restore() -> None:

@@ -163,10 +163,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     if not autocast_adapter_dtype:
         return
     for layer in tuner_layers(model):
-        for _, container in layer._adapter_containers():
-            if adapter_name not in container:
-                continue
-            item = container[adapter_name]
+        for _, container, item in layer._adapter_entries(adapter_name):
             if isinstance(item, torch.Tensor):
                 if item.dtype in _NARROW_DTYPES:
                     container[adapter_name] = _as_float32(item)

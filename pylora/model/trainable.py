@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from pylora.layers import tuner_layers, walk
+from pylora.layers import walk
 from pylora.layers.walk import is_tuner_layer
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
 
@@ -18,11 +18,12 @@ def check_bias(bias: str) -> None:
         raise NotImplementedError(f"Requested bias: {bias}, is not implemented.")
 
 
-def mark_only_adapters_as_trainable(model: nn.Module, bias_modes: Iterable[str]) -> None:
+def mark_only_adapters_as_trainable(model: nn.Module, modules: Sequence[nn.Module], bias_modes: Iterable[str]) -> None:
     """Freeze everything outside adapters and auxiliary wrappers, then unfreeze the biases asked for.
 
     Args:
         model: The model, adapters in place.
+        modules: Its modules, as `walk` visits them.
         bias_modes: The active adapters' `bias` settings. "none" adds nothing, "all" every bias of the model,
             "lora_only" (or another "..._only") the biases of the wrapped layers.
 
@@ -34,8 +35,7 @@ def mark_only_adapters_as_trainable(model: nn.Module, bias_modes: Iterable[str])
         check_bias(mode)
     # Auxiliary wrappers look after their own parameters.
     managed: set[nn.Module] = set()
-    for visit in walk(model):
-        module = visit.module
+    for module in modules:
         if isinstance(module, AuxiliaryTrainingWrapper):
             managed.update(module.modules())
         if module in managed:
@@ -44,7 +44,7 @@ def mark_only_adapters_as_trainable(model: nn.Module, bias_modes: Iterable[str])
             if param is not None and param.requires_grad:
                 param.requires_grad = False
 
-    layers = tuner_layers(model)
+    layers = [module for module in modules if is_tuner_layer(module)]
     for mode in modes:
         if mode == "all":
             for name, param in model.named_parameters():

@@ -75,16 +75,8 @@ def resolve_variant(variants: Variants, config: Any) -> LoraVariant | None:
         ValueError: It asks for several variants, or for one that the layer does not have; or `variants` has unsorted
             keys or keys that no configuration can ask for.
     """
-    unsorted_keys = [key for key in variants if list(key) != sorted(key)]
-    if unsorted_keys:
-        raise ValueError(f"Keys in lora_variants must be sorted tuples, got {unsorted_keys}")
     flags = requested_flags(config)
-    unknown = sorted({name for key in variants for name in key} - flags.keys())
-    if unknown:
-        raise ValueError(
-            f"variant(s) {unknown} found in lora_variants, but no field of {type(config).__name__} is marked "
-            "'is_lora_variant' and no value of its init_lora_weights listed for them"
-        )
+    _check_keys(tuple(variants), tuple(flags), type(config).__name__)
     requested = tuple(sorted(name for name, is_set in flags.items() if is_set))
     if requested not in variants:
         supported = sorted(key for key in variants if key)
@@ -93,3 +85,17 @@ def resolve_variant(variants: Variants, config: Any) -> LoraVariant | None:
         )
     variant = variants[requested]
     return None if variant is None else variant()
+
+
+@functools.cache
+def _check_keys(keys: tuple[tuple[str, ...], ...], flags: tuple[str, ...], config_name: str) -> None:
+    """Raise ValueError when a table of variants has keys that no configuration can ask for; asked a layer."""
+    unsorted_keys = [key for key in keys if list(key) != sorted(key)]
+    if unsorted_keys:
+        raise ValueError(f"Keys in lora_variants must be sorted tuples, got {unsorted_keys}")
+    unknown = sorted({name for key in keys for name in key}.difference(flags))
+    if unknown:
+        raise ValueError(
+            f"variant(s) {unknown} found in lora_variants, but no field of {config_name} is marked "
+            "'is_lora_variant' and no value of its init_lora_weights listed for them"
+        )
