@@ -27,7 +27,8 @@ class _Noting(TorchDispatchMode):
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "pylora" and "backward" not in func.__name__:
+        starts_adapters = func.__name__.startswith("uniform_")
+        if func.namespace == "pylora" and "backward" not in func.__name__ and not starts_adapters:
             self.calls.append(func.__name__.split(".")[0].removesuffix("_forward"))
         return func(*args, **(kwargs or {}))
 
