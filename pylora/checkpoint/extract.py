@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pylora.checkpoint.embeddings import embedding_entries
 from pylora.checkpoint.keys import is_under, to_checkpoint_key
-from pylora.checkpoint.structure import Site, adapter_roots, adapter_sites, join, other_adapter_roots
+from pylora.checkpoint.structure import (
+    Site,
+    adapter_roots,
+    adapter_sites,
+    container_paths,
+    is_of_another,
+    join,
+    state_without_other_adapters,
+)
 from pylora.errors import PeftWarning
 
 if TYPE_CHECKING:
@@ -46,9 +54,9 @@ def get_peft_model_state_dict(
     config = configs[adapter_name]
     was_inferred = state_dict is None
     sites = list(adapter_sites(model))
-    foreign = {root for site in sites for root in other_adapter_roots(site, adapter_name)}
-    tensors = model.state_dict() if state_dict is None else state_dict
-    tensors = {key: tensor for key, tensor in tensors.items() if not is_under(key, foreign)}
+    containers = {path for site in sites for path in container_paths(site)}
+    tensors = state_without_other_adapters(model, adapter_name) if state_dict is None else state_dict
+    tensors = {key: tensor for key, tensor in tensors.items() if not is_of_another(key, containers, adapter_name)}
 
     chosen = _adapter_entries(sites, adapter_name, tensors)
     chosen.update(_bias_entries(sites, tensors, getattr(config, "bias", "none")))

@@ -6,7 +6,7 @@ Classes are not asked for either: the same walk then serves pylora's layers, PEF
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Children in which FSDP1's and activation checkpointing's wrappers keep the module: no part of state dict keys.
 _TRANSPARENT = frozenset(("_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+# Children of a site that are the base model's.
+_OF_THE_BASE = ("base_layer", "original_module")
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,54 @@ def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[s
     return {root for site in layers for root in adapter_roots(site, adapter_name)}
 
 
-def other_adapter_roots(site: Site, adapter_name: str) -> set[str]:
-    """Paths under which `site` keeps what belongs to other adapters than this one."""
-    return {
-        join(path, name)
-        for path, container in _containers(site.name, site.module)
-        for name in container
-        if name != adapter_name
-    }
+def container_paths(site: Site) -> set[str]:
+    """Paths of what `site` has an entry in for each adapter."""
+    return {path for path, _ in _containers(site.name, site.module)}
+
+
+def is_of_another(key: str, containers: Collection[str], adapter_name: str) -> bool:
+    """Whether a state dict key is that of another adapter's entry in one of the containers."""
+    end = len(key)
+    while (dot := key.rfind(".", 0, end)) >= 0:
+        if key[:dot] in containers:
+            return key[dot + 1 :].partition(".")[0] != adapter_name
+        end = dot
+    return False
+
+
+def state_without_other_adapters(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """`model.state_dict()` without most of what is other adapters', which is not looked at.
+
+    A module with hooks on its state dict, or a `state_dict` of its own, gives all that is in it.
+    """
+    from torch import nn
+
+    state: dict[str, Any] = {}
+    _add_state(model, "", adapter_name, state, (nn.ModuleDict, nn.ParameterDict))
+    return state
+
+
+def _add_state(
+    module: nn.Module, prefix: str, adapter_name: str, state: dict[str, Any], containers: tuple[type[nn.Module], ...]
+) -> None:
+    if not _saves_plainly(module):
+        state.update(module.state_dict(prefix=prefix))
+        return
+    module._save_to_state_dict(state, prefix, keep_vars=False)
+    holds_adapters = is_auxiliary(module) or is_adapter_layer(module)
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        inside = f"{prefix}{name}."
+        is_keyed = holds_adapters and type(child) in containers and name not in _OF_THE_BASE
+        if not (is_keyed and _saves_plainly(child)):
+            _add_state(child, inside, adapter_name, state, containers)
+            continue
+        entry, tensor = child._modules.get(adapter_name), child._parameters.get(adapter_name)
+        if entry is not None:
+            _add_state(entry, f"{inside}{adapter_name}.", adapter_name, state, containers)
+        if tensor is not None:
+            state[inside + adapter_name] = tensor.detach()
 
 
 def _containers(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -140,7 +182,7 @@ def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         (name, child)
         for group in (module._modules, module._parameters, module._buffers)
         for name, child in group.items()
-        if child is not None and name not in ("base_layer", "original_module")
+        if child is not None and name not in _OF_THE_BASE
     )
 
 
@@ -156,6 +198,13 @@ def tensor_paths(root: str, held: Any) -> list[str]:
     if type(held) is nn.Linear and not (held._modules or held._buffers or _changes_state_dict(held)):
         return [join(root, key) for key, tensor in held._parameters.items() if tensor is not None]
     return [join(root, key) for key in held.state_dict()] if hasattr(held, "state_dict") else [root]
+
+
+def _saves_plainly(module: nn.Module) -> bool:
+    """Whether `module.state_dict()` is what its `_save_to_state_dict` and its children give."""
+    from torch import nn
+
+    return type(module).state_dict is nn.Module.state_dict and not _changes_state_dict(module)
 
 
 def _changes_state_dict(module: nn.Module) -> bool:

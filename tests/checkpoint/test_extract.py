@@ -190,3 +190,37 @@ class TestEmbeddings:
         model = wrap(pylora, mlp(), target_modules=["lin0"])
         with pytest.warns(UserWarning, match="Could not identify embedding layer"):
             get_peft_model_state_dict(model, save_embedding_layers=True)
+
+
+def test_the_cost_does_not_grow_with_the_number_of_adapters(mlp, wrap, monkeypatch):
+    """What other adapters hold is not asked for its state."""
+    model = wrap(pylora, mlp(), target_modules=["lin0", "lin1"], modules_to_save=["head"])
+
+    def modules_asked():
+        asked = []
+        original = torch.nn.Module._save_to_state_dict
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch.nn.Module, "_save_to_state_dict", lambda *args, **kw: asked.append(original(*args, **kw))
+            )
+            get_peft_model_state_dict(model)
+        return len(asked)
+
+    alone = modules_asked()
+    for i in range(5):
+        config = pylora.LoraConfig(target_modules=["lin0", "lin1"], modules_to_save=["head"])
+        model.add_adapter(f"other{i}", config)
+    assert 0 < modules_asked() == alone
+
+
+def test_hooks_on_state_dicts_run(mlp, wrap):
+    """A module with a hook gives its whole state, of which other adapters' tensors are left out afterwards."""
+    model = wrap(pylora, mlp(), target_modules=["lin0"], modules_to_save=["head"])
+    model.add_adapter("other", pylora.LoraConfig(target_modules=["lin0"], modules_to_save=["head"]))
+    plain = get_peft_model_state_dict(model)
+    seen = []
+    for module in (model, model.get_base_model().lin0, model.get_base_model().lin0.lora_A["default"]):
+        module.register_state_dict_post_hook(lambda module, state, prefix, metadata: seen.append(prefix))
+        assert_same_tensors(get_peft_model_state_dict(model), plain)
+    assert "base_model.model.lin0." in seen
+    assert seen.count("") == 3
