@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import nn
 
+from pylora.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+from pylora.checkpoint.load import view_peft_weights
+from pylora.checkpoint.save import write_weights
 from pylora.config import LoraConfig
 from pylora.layers.variants import DoraCaching
 from pylora.model.lora_model import LoraModel
@@ -30,6 +35,8 @@ class Lifecycle(RuleBasedStateMachine):
         base = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6)).requires_grad_(False)
         self.base = copy.deepcopy(base).double()
         self.x = torch.randn(3, 8)
+        self.folder = tempfile.TemporaryDirectory()
+        self.saved: list[tuple[Path, Any]] = []
         self.weights: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor | None]]] = {}
         self.active, self.merged, self.enabled, self.trains = ["default"], False, True, ["default"]
         self.model: Any = LoraModel(base, self.config(4, LAYERS), "default").eval()
@@ -37,6 +44,8 @@ class Lifecycle(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         DoraCaching()(enabled=False)
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
 
     def config(self, rank: int, layers: tuple[str, ...], use_dora: bool = False) -> LoraConfig:
         return LoraConfig(
@@ -117,6 +126,39 @@ class Lifecycle(RuleBasedStateMachine):
         if name in self.weights and name not in self.active and not self.merged:
             self.model.delete_adapter(name)
             del self.weights[name]
+
+    @rule(name=st.sampled_from(NAMES))
+    def save(self, name: str) -> None:
+        """To files, from where `load` takes it whatever has become of the adapter since."""
+        if name not in self.weights:
+            return
+        folder = Path(self.folder.name, str(len(self.saved)))
+        folder.mkdir()
+        self.model.peft_config[name].save_pretrained(folder)
+        write_weights(get_peft_model_state_dict(self.model.model, adapter_name=name), folder)
+        self.saved.append((folder, self.weights[name]))
+
+    @rule(name=st.sampled_from(NAMES), which=st.integers(0, 9))
+    def load(self, name: str, which: int) -> None:
+        """A saved adapter under any name: as a new one, or into one that it fits. Not into a merged one, as `train`."""
+        if not self.saved:
+            return
+        folder, weights = self.saved[which % len(self.saved)]
+        config, tensors = LoraConfig.from_pretrained(folder), view_peft_weights(folder)
+        if name not in self.weights:
+            self.model.peft_config[name] = config
+            self.model.inject_adapter(self.model.model, name)
+            self.merged = False
+        elif self.merged or not self.fits(config, name):
+            return
+        result = set_peft_model_state_dict(self.model.model, tensors, adapter_name=name)
+        assert result.unexpected_keys == []
+        self.weights[name] = weights
+
+    def fits(self, config: LoraConfig, name: str) -> bool:
+        fields = ("r", "lora_alpha", "target_modules", "use_dora")
+        there = self.model.peft_config[name]
+        return all(getattr(config, field) == getattr(there, field) for field in fields)
 
     @rule(how=st.sampled_from([copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]))
     def replace_by_copy(self, how: Any) -> None:
