@@ -59,14 +59,18 @@ def apply_base_update(stored: torch.Tensor, open_weight: Callable[[], Any], upda
 
     Args:
         stored: The tensor that holds W in the module.
-        open_weight: Gives an object with `read` and `write`.
+        open_weight: Gives a `MutableWeight`.
         update: The change.
     """
     weight = open_weight()
 
     def change() -> None:
         with torch.no_grad():
-            weight.write(update(weight.read()))
+            there = weight.storage()
+            if isinstance(update, WithoutProduct) and there is not None and there.dtype == torch.float32:
+                update.subtract_from_(there)
+            else:
+                weight.write(update(weight.read()))
 
     postponed = _POSTPONED.get()
     if postponed is None:
@@ -85,10 +89,23 @@ def as_it_will_be(stored: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def without_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> BaseUpdate:
-    """The update to W - scaling · b·a, computed in f32."""
+@dataclass(frozen=True)
+class WithoutProduct:
+    """The update to W - scaling · b·a, computed in f32.
 
-    def update(weight: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(weight.to(torch.float32), b, a, alpha=-scaling)
+    Attributes:
+        a: [rank, in_features], f32.
+        b: [out_features, rank], f32.
+        scaling: The factor.
+    """
 
-    return update
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(weight.to(torch.float32), self.b, self.a, alpha=-self.scaling)
+
+    def subtract_from_(self, weight: torch.Tensor) -> None:
+        """The same in place, for an f32 weight: without another tensor of its size."""
+        weight.addmm_(self.b, self.a, alpha=-self.scaling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pylora.init.base_update import BaseUpdate, without_product
+from pylora.init.base_update import BaseUpdate, WithoutProduct
 from pylora.init.basic import skip_default_draws
 from pylora.init.registry import Factors, register_init
 from pylora.init.weight_access import fill, read_base
@@ -29,7 +29,7 @@ def olora(factors: Factors) -> BaseUpdate:
     # What Qᵀ·W rounds to there is known better: R's triangle, with exact zeros below.
     a[:, :rank] = r
     fill(factors, a, b)
-    return without_product(a, b, factors.scaling)
+    return WithoutProduct(a, b, factors.scaling)
 
 
 def _dtype(factors: Factors) -> torch.dtype | None:

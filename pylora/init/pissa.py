@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pylora.init.base_update import BaseUpdate, without_product
+from pylora.init.base_update import BaseUpdate, WithoutProduct
 from pylora.init.basic import skip_default_draws
 from pylora.init.registry import Factors, InitScheme, register_init, register_init_family
 from pylora.init.truncated_svd import SingularTriplets, randomised_triplets, top_singular_triplets
@@ -63,4 +63,4 @@ def _split(factors: Factors, top: SingularTriplets) -> BaseUpdate:
     root = torch.sqrt(top.s / factors.scaling)
     a, b = root[:, None] * top.vh, top.u * root
     fill(factors, a, b)
-    return without_product(a, b, factors.scaling)
+    return WithoutProduct(a, b, factors.scaling)

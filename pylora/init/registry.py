@@ -19,6 +19,10 @@ class MutableWeight(Protocol):
         """W as a dense tensor, which is not written to."""
         ...
 
+    def storage(self) -> torch.Tensor | None:
+        """W where it is stored, to be changed in place; None if that cannot be."""
+        ...
+
     def write(self, value: torch.Tensor) -> None:
         """Replace W."""
         ...

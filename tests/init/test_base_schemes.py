@@ -21,6 +21,9 @@ class Weight:
     def read(self):
         return as_it_will_be(self.value, self.value)
 
+    def storage(self):
+        return self.value
+
     def write(self, value):
         self.value = value.to(self.value.dtype)
 
