@@ -48,24 +48,30 @@ PyObject* run_variant(const Operands& in, PyObject* layer, PyObject* x) {
       .release();
 }
 
-/// The classes that run_dora serves, and pylora.layers.variants.dora_cache.writes_and_trust; null before register_dora.
+/// Classes that run_dora serves, and pylora.layers.variants.dora_cache.writes_and_trust; owned, as they are kept.
 struct Dora {
-  PyTypeObject *variant = nullptr, *magnitudes = nullptr;
-  PyObject* writes_and_trust = nullptr;
+  PyTypeObject *variant, *magnitudes;
+  PyObject* writes_and_trust;
 };
-Dora dora_of_python;
+std::vector<Dora> registered_doras;  // pylora's, and PEFT's where it is patched
+
+const Dora* dora_for(PyTypeObject* variant) {
+  for (const Dora& each : registered_doras)
+    if (each.variant == variant) return &each;
+  return nullptr;
+}
 
 /// A DoRA adapter's forward with the norms that are kept, or nothing where none are, or a module has to be called.
 std::optional<Tensor> run_dora(const Operands& in, const Tensor& x) {
   const Known& k = known();
-  if (Py_TYPE(in.first_variant) != dora_of_python.variant) return std::nullopt;
-  if (!in.first_magnitudes || Py_TYPE(in.first_magnitudes) != dora_of_python.magnitudes) return std::nullopt;
+  const Dora* const served = dora_for(Py_TYPE(in.first_variant));
+  if (!served || !in.first_magnitudes || Py_TYPE(in.first_magnitudes) != served->magnitudes) return std::nullopt;
   PyObject* own = unhooked(in.first_magnitudes);
   const Tensor* found = plain_tensor(item(item(own, k.parameters), k.weight));
   PyObject* kept_norms = item(own, k.kept_norms);
-  if (!found || !kept_norms) return std::nullopt;
+  if (!found || !kept_norms || kept_norms == Py_None) return std::nullopt;
   const Tensor magnitude = *found, weight = in.weight();
-  const Owned owner(Py_NewRef(kept_norms)), now(PyObject_CallNoArgs(dora_of_python.writes_and_trust));
+  const Owned owner(Py_NewRef(kept_norms)), now(PyObject_CallNoArgs(served->writes_and_trust));
   int64_t writes, trust;
   if (!PyArg_ParseTuple(now.get(), "LL", &writes, &trust)) throw python_error();
   const auto* kept = pybind11::handle(owner.get()).cast<const dora::KeptNorms*>();
@@ -123,9 +129,11 @@ PyObject* register_dora(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3 && PyType_Check(args[0]) && PyType_Check(args[1]) && PyCallable_Check(args[2]),
                    "register_dora: expected two classes and a function");
+  if (dora_for(reinterpret_cast<PyTypeObject*>(args[0]))) return none();
   for (Py_ssize_t i = 0; i < count; ++i)
     Py_INCREF(args[i]);
-  dora_of_python = {reinterpret_cast<PyTypeObject*>(args[0]), reinterpret_cast<PyTypeObject*>(args[1]), args[2]};
+  registered_doras.push_back(
+      {reinterpret_cast<PyTypeObject*>(args[0]), reinterpret_cast<PyTypeObject*>(args[1]), args[2]});
   return none();
   END_HANDLE_TH_ERRORS
 }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from pylora.integrations.patch_peft.replacements import Replacements
 from pylora.layers.merging import Delta
 from pylora.layers.variants.dora import DoraLinearLayer, DoraLinearVariant
-from pylora.ops import KeptNorms
+from pylora.layers.variants.dora_cache import writes_and_trust
+from pylora.ops import KeptNorms, register_dora
 
-# Beside the modules, so that a model that is pickled can be read where there is no pylora.
-_KEPT_NORMS: WeakKeyDictionary[Any, KeptNorms] = WeakKeyDictionary()
+
+class _KeptNorms(KeptNorms):
+    """Those of PEFT's magnitudes. Copies and pickles go without, to be read where there is no pylora."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 class PeftDora(DoraLinearVariant):
@@ -25,9 +29,10 @@ class PeftDora(DoraLinearVariant):
 
 
 def _kept_norms(magnitudes: Any) -> KeptNorms:
-    kept = _KEPT_NORMS.get(magnitudes)
+    own = magnitudes.__dict__  # where `register_dora` and `pylora.invalidate` look
+    kept = own.get("_kept_norms")
     if kept is None:
-        kept = _KEPT_NORMS[magnitudes] = KeptNorms()
+        kept = own["_kept_norms"] = _KeptNorms()
     return kept
 
 
@@ -41,6 +46,7 @@ def patch_dora(changes: Replacements, dora: Any, variants: Any) -> None:
     """
     changes.wrap(PeftDora, "layer_cls", lambda _: dora.DoraLinearLayer)
     changes.add(dora.DoraLinearLayer, "_kept_norms", property(_kept_norms))
+    register_dora(variants.DoraLinearVariant, dora.DoraLinearLayer, writes_and_trust)
     for name in ("require_mergeable", "delta"):
         changes.add(variants.DoraLinearVariant, name, staticmethod(getattr(PeftDora, name)))
 

@@ -259,3 +259,15 @@ def test_dora_norms_follow_the_weights(patch, make):
         pylora.unpatch_peft()
         torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
         patch()
+
+
+def test_invalidate_reaches_the_kept_norms(patch, make):
+    """Writes through `.data` are not counted by torch, here as in pylora's own layers."""
+    model, x = make(use_dora=True, target_modules=["first"]), torch.randn(5, 24)
+    patch()
+    model(x)
+    model.base_model.model.first.base_layer.weight.data[0] *= 3
+    pylora.invalidate(model)
+    found = model(x)
+    pylora.unpatch_peft()
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
