@@ -72,6 +72,17 @@ def test_no_rows(kernels, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_others_do_not_reach_a_sum(kernels, dtype):
+    """Not even as zero times NaN, where an item has no whole sixteen rows."""
+    x, g, ranks, scalings, row_slots = inputs_of(39, 136, [9, 3], dtype, "distinct")
+    row_slots[[0, 38]] = -1
+    x[[0, 38]] = torch.nan
+    plan = kernels.plan(row_slots)
+    out = kernels.outer(plan, g, x, 2, accumulator(dtype), ranks=ranks, scalings=scalings)
+    check_sums(out, g, x, ranks, row_slots)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_splits", [1, 2])
 def test_dropout(kernels, dtype, num_splits):
     x, g, ranks, _, row_slots = inputs_of(150, 200, [19], dtype, "one")

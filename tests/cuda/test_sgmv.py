@@ -89,6 +89,22 @@ def test_empty(kernels, dtype, pool_dtype):
 
 
 @pytest.mark.parametrize(("dtype", "pool_dtype"), PAIRS)
+def test_rows_of_others_do_not_reach_a_row(kernels, dtype, pool_dtype):
+    """Not even as zero times NaN, where an item has no whole sixteen rows, in either alignment."""
+    for width in (136, 75):
+        inputs = pool_inputs(39, width, width, [9, 3], dtype, pool_dtype, popularity="distinct")
+        inputs.token_slots[[0, 38]] = -1
+        inputs.x[[0, 38]] = torch.nan
+        plan = kernels.plan(inputs.token_slots)
+        slots = {"ranks": inputs.ranks, "scalings": inputs.scalings}
+        v = kernels.shrink(plan, inputs.x, [inputs.a_pool], **slots)
+        y = inputs.y.clone()
+        kernels.expand(plan, y, v, [inputs.b_pool], **slots)
+        assert torch.equal(y[[0, 38]], inputs.y[[0, 38]])
+        assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize(("dtype", "pool_dtype"), PAIRS)
 def test_slices(kernels, dtype, pool_dtype):
     """q, k and v in one launch each: one read of x, results side by side."""
     parts = [pool_inputs(37, 136, out, [16, 5, 0, 24], dtype, pool_dtype, seed=out) for out in (200, 64, 72)]
