@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "inputs.h"
 
 using namespace pylora;
 
@@ -56,6 +57,47 @@ void check_shape(int64_t rows, int64_t columns, int64_t steps) {
   CHECK(worst <= 2e-5, "%ld x %ld, %ld steps: error %g", long(rows), long(columns), long(steps), worst);
 }
 
+/// Wᵀ(W X) element by element, each held to the sum of its terms' magnitudes.
+void check_gram(int64_t rows, int64_t columns, int64_t width) {
+  const std::vector<float> w = test::normal(rows * columns, 2), x = test::normal(columns * width, 3);
+  std::vector<float> out(static_cast<size_t>(columns * width), NAN);
+  lanczos::GramArgs args;
+  args.rows = rows;
+  args.columns = columns;
+  args.width = width;
+  args.matrix = {w.data(), columns, 1};
+  args.x = {x.data(), width, 1};
+  args.out = out.data();
+  int64_t bytes = 0;
+  CHECK(lanczos::gram_product_workspace_bytes(args, &bytes).is_ok(), "workspace");
+  const test::AlignedBuffer workspace(bytes);
+  args.workspace = workspace.data.get();
+  CHECK(lanczos::gram_product_cpu(Context{}, args).is_ok(), "%ld x %ld", long(rows), long(columns));
+  for (int64_t j = 0; j < width; ++j) {
+    std::vector<double> sums(static_cast<size_t>(columns)), sizes(sums);
+    for (int64_t r = 0; r < rows; ++r) {
+      double product = 0, size = 0;
+      for (int64_t k = 0; k < columns; ++k) {
+        const double term = static_cast<double>(w[static_cast<size_t>(r * columns + k)]) *
+                            static_cast<double>(x[static_cast<size_t>(k * width + j)]);
+        product += term;
+        size += std::fabs(term);
+      }
+      for (int64_t k = 0; k < columns; ++k) {
+        const double factor = static_cast<double>(w[static_cast<size_t>(r * columns + k)]);
+        sums[static_cast<size_t>(k)] += factor * product;
+        sizes[static_cast<size_t>(k)] += std::fabs(factor) * size;
+      }
+    }
+    const double eps = std::ldexp(std::sqrt(static_cast<double>(rows + columns)) + 2, -24);
+    for (int64_t k = 0; k < columns; ++k) {
+      const double got = static_cast<double>(out[static_cast<size_t>(k * width + j)]);
+      CHECK(std::fabs(got - sums[static_cast<size_t>(k)]) <= eps * sizes[static_cast<size_t>(k)],
+            "%ld x %ld: element %ld, %ld: %g", long(rows), long(columns), long(k), long(j), got);
+    }
+  }
+}
+
 void check_ritz() {
   // [[2, 1], [0, 1]]: σ² = 3 ± √5
   const double diagonal[] = {2, 1}, above[] = {1, 0.5};
@@ -81,6 +123,11 @@ int main() {
     check_shape(301, 67, 20);
     check_shape(9, 200, 5);
     check_shape(1, 1, 1);
+    check_gram(40, 30, 16);
+    check_gram(301, 67, 5);
+    check_gram(9, 200, 33);
+    check_gram(1, 1, 1);
+    check_gram(0, 7, 3);
   }
   check_ritz();
   lanczos::BidiagonaliseArgs narrow;
