@@ -123,7 +123,8 @@ inline void cp_async_wait(int pending) {
 
 // Between blocks.
 
-/// What this thread and, as a barrier came before, its block have written is for those who acquire the counter.
+/// What this thread and, as a barrier came before, its block have written is for those who acquire the counter. Kept
+/// for blocks; TSan takes the order of threads from the atomic access itself.
 void release_to(const int* counter);
 void acquire_from(const int* counter);
 /// Lets other blocks run before this one goes on.
@@ -164,8 +165,9 @@ inline int atomic_cas(int* p, int expected, int desired, Site site) {
 }
 
 inline int arrive(int* counter, int amount, Site site) {
+  check_atomic(counter, sizeof(int), site);
   release_to(counter);
-  const int before = atomic_add(counter, amount, site);
+  const int before = __atomic_fetch_add(counter, amount, __ATOMIC_ACQ_REL);
   acquire_from(counter);
   give_way(site);
   return before;
@@ -173,7 +175,7 @@ inline int arrive(int* counter, int amount, Site site) {
 
 inline int load_acquire(const int* p, Site site) {
   check_load(p, sizeof(int), LoadKind::acquire, site);
-  const int value = __atomic_load_n(p, __ATOMIC_RELAXED);
+  const int value = __atomic_load_n(p, __ATOMIC_ACQUIRE);
   acquire_from(p);
   return value;
 }

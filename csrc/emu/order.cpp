@@ -55,7 +55,6 @@ bool is_released(int64_t writer, uint32_t releases_before, int64_t reader) {
 }
 
 void release_to(const int* counter) {
-  order_release(counter);
   const size_t block = this_block();
   Clock& clock = known[block];
   if (clock.empty()) clock.resize(known.size());
@@ -64,7 +63,6 @@ void release_to(const int* counter) {
 }
 
 void acquire_from(const int* counter) {
-  order_acquire(counter);
   const auto found = left_by_block.find(counter);
   if (found != left_by_block.end()) join(known[this_block()], found->second);
 }
