@@ -107,11 +107,20 @@ def notices(kernel: str, seconds: int) -> bool:
     return not run(sys.executable, "-m", "pytest", "-q", "-x", tests, environment=environment, seconds=seconds)
 
 
+def bring_up_to_date(source: Path, copy: Path) -> None:
+    """Copy what differs, as of now: the build goes by files' times, and an older one would leave a mutant's object."""
+    if copy.is_file() and copy.read_bytes() == source.read_bytes():
+        return
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, copy)
+
+
 def prepare() -> None:
     """A copy of the sources, built as they are: the tests have to pass there."""
-    for folder in ("csrc", "cmake"):
-        shutil.copytree(ROOT / folder, TREE / folder, dirs_exist_ok=True)
-    shutil.copy(ROOT / "CMakeLists.txt", TREE)
+    folders = [ROOT / "csrc", ROOT / "cmake"]
+    for source in [ROOT / "CMakeLists.txt", *(path for folder in folders for path in folder.rglob("*"))]:
+        if source.is_file():
+            bring_up_to_date(source, TREE / source.relative_to(ROOT))
     options = ["-DPYLORA_EMULATE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     if not run("cmake", "-S", str(TREE), "-B", str(BUILD), "-G", "Ninja", *options) or not build():
         raise SystemExit("mutate_cuda: the sources as they are do not build")

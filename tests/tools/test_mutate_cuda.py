@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -43,3 +44,18 @@ def test_report(tool):
     share = tool.report(list(zip(mutants, [True, False, None], strict=True)), Console(file=out, width=160))
     assert share == 0.5  # one that does not compile is not counted
     assert f"unnoticed: {mutants[1].path}:{mutants[1].line}" in out.getvalue()
+
+
+def test_a_restored_source_is_newer_than_the_mutant(tool, tmp_path):
+    """Or the build would keep the mutant's object."""
+    source, copy = tmp_path / "a.cu", tmp_path / "tree" / "a.cu"
+    source.write_text("whole")
+    os.utime(source, (0, 0))
+    tool.bring_up_to_date(source, copy)
+    assert (copy.read_text(), copy.stat().st_mtime > 0) == ("whole", True)
+    os.utime(copy, (1, 1))
+    tool.bring_up_to_date(source, copy)
+    assert copy.stat().st_mtime == 1  # the same text: nothing to build
+    copy.write_text("mutant")
+    tool.bring_up_to_date(source, copy)
+    assert copy.read_text() == "whole"
