@@ -1,7 +1,11 @@
-// The undo log's payloads (README.md has the format), and checksums. A chunk's residuals become one code byte each, of
-// which the nonzero ones are found 64 at a time as a mask; from there the work is per entry.
-#include "merge/exact.h"
+// The undo log's payloads (README.md has the format), and checksums. Of a chunk's codes, a byte an element, the nonzero
+// ones are found 64 at a time as a mask; from there the work is per entry.
+#include "cpu/simd/vec.h"
 #include "merge/kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace pylora::PYLORA_ISA {
 namespace {
@@ -11,9 +15,20 @@ using merge::ChunkKind;
 using merge::Codec;
 using merge::kChunk;
 
-constexpr int kMaskWidth = 64;
-// Both ends of the range of int8_t say that the residual follows in full width.
-PYLORA_INLINE bool is_escape(int8_t code) { return (code ^ (code >> 7)) == 127; }
+constexpr int64_t kMaskWidth = 64;
+/// A chunk is encoded as sparse if fewer than one in so many of its elements need a correction.
+constexpr int64_t kSparsest = 8;
+
+// Codes of a payload that are no difference.
+constexpr int8_t kInFull = -128, kIsMinusZero = -127;
+template <class W>
+constexpr W kMinusZero = static_cast<W>(W{1} << (8 * sizeof(W) - 1));
+
+/// Of the tiles' codes: those that may have been clamped, and -127.
+PYLORA_INLINE bool is_extreme(int8_t code) { return static_cast<uint8_t>(code - 127) <= 2; }
+
+constexpr int64_t num_masks(int64_t count) { return (count + kMaskWidth - 1) / kMaskWidth; }
+constexpr int64_t bitmap_bytes(int64_t count) { return (count + 7) / 8; }
 
 /// Bit j: codes[j] != 0.
 PYLORA_INLINE uint64_t nonzero_mask(const int8_t* codes) {
@@ -99,15 +114,15 @@ PYLORA_INLINE const int8_t* expand(const int8_t* from, uint64_t mask, int8_t* co
 
 /// Positions of the ones of `masks`, in order. Four are written whether they are there or not, which saves a
 /// mispredicted branch for most masks.
+constexpr uint64_t kLastBit = uint64_t{1} << 63;
 int64_t find_ones(const uint64_t* masks, int64_t count, uint16_t* out) {
   uint16_t* end = out;
   for (int64_t i = 0; i < count; ++i) {
     uint64_t mask = masks[i];
-    if (!mask) continue;
     const int ones = count_ones(mask);
     const uint16_t base = static_cast<uint16_t>(i * kMaskWidth);
     for (int j = 0; j < 4; ++j) {
-      end[j] = static_cast<uint16_t>(base + (mask ? __builtin_ctzll(mask) : 0));
+      end[j] = static_cast<uint16_t>(base + __builtin_ctzll(mask | kLastBit));
       mask &= mask - 1;
     }
     for (int j = 4; j < ones; ++j, mask &= mask - 1)
@@ -117,180 +132,171 @@ int64_t find_ones(const uint64_t* masks, int64_t count, uint16_t* out) {
   return end - out;
 }
 
-/// A chunk's codes with the masks of those that are not 0.
-struct Codes {
-  alignas(64) int8_t code[kChunk];
-  uint64_t mask[kChunk / kMaskWidth];
-  int64_t masks = 0;
-
-  template <class W>
-  int64_t fill(const W* residual, int64_t count) {
-    typedef typename WordOf<sizeof(W)>::Signed Signed;
-    const Signed* values = reinterpret_cast<const Signed*>(residual);
-    for (int64_t i = 0; i < count; ++i) {
-      const Signed v = values[i] < -128 ? Signed{-128} : values[i];
-      code[i] = static_cast<int8_t>(v > 127 ? Signed{127} : v);
-    }
-    masks = (count + kMaskWidth - 1) / kMaskWidth;
-    for (int64_t i = count; i < masks * kMaskWidth; ++i)
-      code[i] = 0;
-    int64_t ones = 0;
-    for (int64_t i = 0; i < masks; ++i) {
-      mask[i] = nonzero_mask(code + i * kMaskWidth);
-      ones += count_ones(mask[i]);
-    }
-    return ones;
+/// Bit j of masks[i]: codes[64 i + j] != 0, for i up to num_masks(count). Answers how many are.
+int64_t make_masks(const int8_t* codes, int64_t count, uint64_t* masks) {
+  int64_t ones = 0;
+  for (int64_t i = 0; i < num_masks(count); ++i) {
+    masks[i] = nonzero_mask(codes + i * kMaskWidth);
+    const int64_t left = count - i * kMaskWidth;
+    if (left < kMaskWidth) masks[i] &= (uint64_t{1} << left) - 1;
+    ones += count_ones(masks[i]);
   }
-
-  /// Positions of escapes.
-  int64_t find_escapes(uint16_t* out) const {
-    alignas(64) int8_t flag[kChunk];
-    uint64_t escapes[kChunk / kMaskWidth];
-    for (int64_t i = 0; i < masks * kMaskWidth; ++i)
-      flag[i] = is_escape(code[i]);
-    for (int64_t i = 0; i < masks; ++i)
-      escapes[i] = nonzero_mask(flag + i * kMaskWidth);
-    return find_ones(escapes, masks, out);
-  }
-};
-
-template <class W>
-uint8_t* append_words(const W* residual, const uint16_t* positions, int64_t count, uint8_t* out) {
-  for (int64_t i = 0; i < count; ++i, out += sizeof(W))
-    __builtin_memcpy(out, residual + positions[i], sizeof(W));
-  return out;
+  return ones;
 }
 
-template <class W>
-int64_t encode_dense(const W* residual, int64_t count, ChunkHeader* header, uint8_t* out) {
-  header->set(ChunkKind::dense);
-  header->entries = 0;
-  __builtin_memcpy(out, residual, count * sizeof(W));
-  return count * static_cast<int64_t>(sizeof(W));
+/// Positions of the codes that are no difference, and of 127. Room for 4 more is needed.
+int64_t find_extremes(const int8_t* codes, int64_t count, uint16_t* positions) {
+  uint8_t any = 0;
+  for (int64_t i = 0; i < count; ++i)
+    any |= is_extreme(codes[i]);
+  if (!any) return 0;
+  alignas(64) int8_t flags[kChunk];
+  for (int64_t i = 0; i < count; ++i)
+    flags[i] = is_extreme(codes[i]);
+  uint64_t masks[kChunk / kMaskWidth];
+  make_masks(flags, count, masks);
+  return find_ones(masks, num_masks(count), positions);
 }
 
+// ---- encoding ----
+
+/// Makes of the codes that were clamped, and of -127, what the payload says instead; appends the elements that it holds
+/// in full to `full`, and answers how many.
 template <class W>
-int64_t encode_sparse(const Codes& codes, const W* residual, int64_t ones, ChunkHeader* header, uint8_t* out) {
-  uint16_t position[kChunk + 4], escape[kChunk];
-  find_ones(codes.mask, codes.masks, position);
-  uint8_t* end = out;
-  int64_t escapes = 0;
+int64_t replace_extremes(int8_t* codes, const W* w, int64_t count, W* full) {
+  uint16_t positions[kChunk + 4];
+  const int64_t extremes = find_extremes(codes, count, positions);
+  int64_t appended = 0;
+  for (int64_t i = 0; i < extremes; ++i) {
+    const W element = w[positions[i]];
+    codes[positions[i]] = element == kMinusZero<W> ? kIsMinusZero : kInFull;
+    full[appended] = element;
+    appended += element != kMinusZero<W>;
+  }
+  return appended;
+}
+
+uint8_t* encode_sparse(const int8_t* codes, const uint64_t* masks, int64_t count, int64_t ones, uint8_t* out) {
+  uint16_t position[kChunk / kSparsest + 4];
+  find_ones(masks, num_masks(count), position);
   int last = 0;
   for (int64_t i = 0; i < ones; ++i) {
     int gap = position[i] - last;
-    for (; gap > 255; gap -= 255) {
-      *end++ = 255;
-      *end++ = 0;
-    }
-    const int8_t code = codes.code[position[i]];
-    *end++ = static_cast<uint8_t>(gap);
-    *end++ = static_cast<uint8_t>(code);
-    escape[escapes] = position[i];
-    escapes += is_escape(code);
     last = position[i];
+    for (; gap > 255; gap -= 255) {
+      *out++ = 255;
+      *out++ = 0;
+    }
+    *out++ = static_cast<uint8_t>(gap);
+    *out++ = static_cast<uint8_t>(codes[last]);
   }
-  header->set(ChunkKind::sparse);
-  header->entries = static_cast<uint16_t>((end - out) / 2);
-  return append_words(residual, escape, escapes, end) - out;
+  return out;
+}
+
+/// Writes up to 7 bytes beyond its end.
+uint8_t* encode_bitmap(const int8_t* codes, const uint64_t* masks, int64_t count, uint8_t* out) {
+  __builtin_memcpy(out, masks, bitmap_bytes(count));
+  int8_t* end = reinterpret_cast<int8_t*>(out + bitmap_bytes(count));
+  for (int64_t i = 0; i < num_masks(count); ++i)
+    end = compress(codes + i * kMaskWidth, masks[i], end);
+  return reinterpret_cast<uint8_t*>(end);
 }
 
 template <class W>
-int64_t encode_bitmap(const Codes& codes, const W* residual, int64_t count, int64_t ones, ChunkHeader* header,
-                      uint8_t* out) {
-  uint16_t escape[kChunk + 4];
-  const int64_t escapes = codes.find_escapes(escape);
-  const int64_t map_bytes = (count + 7) / 8;
-  const int64_t bytes = map_bytes + ones + escapes * static_cast<int64_t>(sizeof(W));
-  if (bytes >= count * static_cast<int64_t>(sizeof(W))) return encode_dense(residual, count, header, out);
-  int8_t chosen[kChunk + 8];
-  int8_t* end = chosen;
-  for (int64_t i = 0; i < codes.masks; ++i)
-    end = compress(codes.code + i * kMaskWidth, codes.mask[i], end);
-  header->set(ChunkKind::bitmap);
-  header->entries = static_cast<uint16_t>(ones);
-  __builtin_memcpy(out, codes.mask, map_bytes);
-  __builtin_memcpy(out + map_bytes, chosen, ones);
-  append_words(residual, escape, escapes, out + map_bytes + ones);
-  return bytes;
-}
-
-template <class W>
-int64_t encode(const void* residual, int64_t count, ChunkHeader* header, uint8_t* out) {
-  const W* words = static_cast<const W*>(residual);
-  Codes codes;
-  const int64_t ones = codes.fill(words, count);
-  if (ones == 0) {
-    header->set(ChunkKind::empty);
-    header->entries = 0;
-    return 0;
+int64_t encode(int8_t* codes, const void* w, int64_t count, ChunkHeader* header, uint8_t* out) {
+  constexpr int64_t kBytes = sizeof(W);
+  uint64_t masks[kChunk / kMaskWidth];
+  const int64_t ones = make_masks(codes, count, masks);
+  header->entries = 0;
+  header->set(ChunkKind::empty);
+  if (ones == 0) return 0;
+  W full[kChunk];
+  const int64_t num_full = replace_extremes(codes, static_cast<const W*>(w), count, full);
+  uint8_t* end = out;
+  // Two bytes an entry against one and a bit for every element. A sparse payload of 1 / 8 of the elements stays below
+  // the dense one even if every entry is in full, but for a few elements.
+  if (count >= kMaskWidth && kSparsest * ones < count) {
+    end = encode_sparse(codes, masks, count, ones, out);
+    header->set(ChunkKind::sparse);
+    header->entries = static_cast<uint16_t>((end - out) / 2);
+  } else if (bitmap_bytes(count) + ones + num_full * kBytes < count * kBytes) {
+    end = encode_bitmap(codes, masks, count, out);
+    header->set(ChunkKind::bitmap);
+    header->entries = static_cast<uint16_t>(ones);
+  } else {
+    header->set(ChunkKind::dense);
+    __builtin_memcpy(out, w, count * kBytes);
+    return count * kBytes;
   }
-  // Two bytes an entry against one and a bit for every element; escapes cost the same in both. A sparse payload of
-  // 1 / 8 of the elements stays below the dense one even if every entry is an escape, but for a few elements.
-  if (count >= 64 && 8 * ones < count) return encode_sparse(codes, words, ones, header, out);
-  return encode_bitmap(codes, words, count, ones, header, out);
+  __builtin_memcpy(end, full, num_full * kBytes);
+  return end + num_full * kBytes - out;
 }
 
-// Decoding trusts header and payload no further than memory safety asks: check_log has compared sizes, positions are
-// taken modulo kChunk, and escapes beyond the payload's end are read as zeros.
+// ---- correcting ----
+//
+// Header and payload are trusted no further than memory safety asks: is_readable has compared sizes, positions are
+// checked, and elements beyond the end of the log's data are read as zeros.
 
 template <class W>
-W next_word(const uint8_t** p, const uint8_t* end) {
-  W word = 0;
-  if (end - *p < static_cast<int64_t>(sizeof(W))) return word;
-  __builtin_memcpy(&word, *p, sizeof(W));
+W next_element(const uint8_t** p, const uint8_t* end) {
+  W element = 0;
+  if (end - *p < static_cast<int64_t>(sizeof(W))) return element;
+  __builtin_memcpy(&element, *p, sizeof(W));
   *p += sizeof(W);
-  return word;
+  return element;
 }
 
 template <class W>
-void decode_sparse(const ChunkHeader& header, const uint8_t* payload, const uint8_t* end, int64_t count, W* residual) {
-  typedef typename WordOf<sizeof(W)>::Signed Signed;
-  __builtin_memset(residual, 0, count * sizeof(W));
-  const uint8_t* escapes = payload + 2 * static_cast<int64_t>(header.entries);
+void correct_sparse(const ChunkHeader& header, const uint8_t* payload, const uint8_t* end, int64_t count, W* w) {
+  const uint8_t* full = payload + 2 * static_cast<int64_t>(header.entries);
   int64_t position = 0;
   for (int64_t i = 0; i < header.entries; ++i) {
     position += payload[2 * i];
+    if (position >= count) return;
     const int8_t code = static_cast<int8_t>(payload[2 * i + 1]);
-    const W word = is_escape(code) ? next_word<W>(&escapes, end) : static_cast<W>(static_cast<Signed>(code));
-    if (position < count) residual[position] = word;
+    if (code > kIsMinusZero) {
+      w[position] = static_cast<W>(w[position] + static_cast<W>(code));
+    } else {
+      w[position] = code == kInFull ? next_element<W>(&full, end) : kMinusZero<W>;
+    }
   }
 }
 
 template <class W>
-void decode_bitmap(const ChunkHeader& header, const uint8_t* payload, const uint8_t* end, int64_t count, W* residual) {
-  typedef typename WordOf<sizeof(W)>::Signed Signed;
-  const int64_t map_bytes = (count + 7) / 8;
-  Codes codes;
+void correct_bitmap(const ChunkHeader& header, const uint8_t* payload, const uint8_t* end, int64_t count, W* w) {
+  uint64_t masks[kChunk / kMaskWidth];
   int8_t chosen[kChunk + 8] = {};
-  codes.masks = (count + kMaskWidth - 1) / kMaskWidth;
-  codes.mask[codes.masks - 1] = 0;
-  __builtin_memcpy(codes.mask, payload, map_bytes);
-  __builtin_memcpy(chosen, payload + map_bytes, min_of<int64_t>(header.entries, kChunk));
+  alignas(64) int8_t codes[kChunk];
+  masks[num_masks(count) - 1] = 0;
+  __builtin_memcpy(masks, payload, bitmap_bytes(count));
+  __builtin_memcpy(chosen, payload + bitmap_bytes(count), min_of<int64_t>(header.entries, kChunk));
   const int8_t* from = chosen;
-  for (int64_t i = 0; i < codes.masks; ++i)  // a mask has 64 bits: never more than kChunk codes
-    from = expand(from, codes.mask[i], codes.code + i * kMaskWidth);
+  for (int64_t i = 0; i < num_masks(count); ++i)  // a mask has 64 bits: never more than kChunk codes
+    from = expand(from, masks[i], codes + i * kMaskWidth);
   for (int64_t i = 0; i < count; ++i)
-    residual[i] = static_cast<W>(static_cast<Signed>(codes.code[i]));
-  uint16_t escape[kChunk + 4];
-  const int64_t escapes = codes.find_escapes(escape);
-  const uint8_t* words = payload + map_bytes + header.entries;
-  for (int64_t i = 0; i < escapes; ++i)
-    if (escape[i] < count) residual[escape[i]] = next_word<W>(&words, end);
+    w[i] = static_cast<W>(w[i] + static_cast<W>(codes[i]));
+  uint16_t positions[kChunk + 4];
+  const int64_t extremes = find_extremes(codes, count, positions);
+  const uint8_t* full = payload + bitmap_bytes(count) + header.entries;
+  for (int64_t i = 0; i < extremes; ++i) {
+    W& element = w[positions[i]];
+    const int8_t code = codes[positions[i]];
+    if (code <= kIsMinusZero) element = code == kInFull ? next_element<W>(&full, end) : kMinusZero<W>;
+  }
 }
 
 template <class W>
-void decode(const ChunkHeader& header, const uint8_t* payload, const uint8_t* end, int64_t count, void* residual) {
-  W* words = static_cast<W*>(residual);
+void correct(const ChunkHeader& header, const uint8_t* payload, const uint8_t* end, int64_t count, void* w) {
   switch (static_cast<ChunkKind>(header.kind)) {
     case ChunkKind::sparse:
-      return decode_sparse(header, payload, end, count, words);
+      return correct_sparse(header, payload, end, count, static_cast<W*>(w));
     case ChunkKind::bitmap:
-      return decode_bitmap(header, payload, end, count, words);
+      return correct_bitmap(header, payload, end, count, static_cast<W*>(w));
     case ChunkKind::dense:
-      __builtin_memcpy(words, payload, count * sizeof(W));
+      __builtin_memcpy(w, payload, count * sizeof(W));
       return;
     default:
-      __builtin_memset(words, 0, count * sizeof(W));
+      return;
   }
 }
 
@@ -329,7 +335,7 @@ uint32_t checksum(const void* data, int64_t bytes) {
 
 extern const Codec merge_codec;
 const Codec merge_codec = {{encode<uint32_t>, encode<uint16_t>, encode<uint16_t>, encode<uint64_t>},
-                           {decode<uint32_t>, decode<uint16_t>, decode<uint16_t>, decode<uint64_t>},
+                           {correct<uint32_t>, correct<uint16_t>, correct<uint16_t>, correct<uint64_t>},
                            checksum};
 
 }  // namespace pylora::PYLORA_ISA

@@ -12,8 +12,6 @@ PYLORA_KERNEL_TABLE(merge::Codec, merge_codec)
 namespace pylora::merge {
 namespace {
 
-int index(DType dtype) { return static_cast<int>(dtype); }
-
 Status check_weight(const Weight& w) {
   if (w.count < 0 || w.rows < 0 || w.columns < 0) return invalid_argument("merge: negative size");
   if (w.rows > 1 && w.row_stride < w.columns) return invalid_argument("merge: w: overlapping rows");
@@ -57,82 +55,122 @@ PackedChange lay_out(const Weight& w, const Change& change, char* base) {
   return packed;
 }
 
-/// A chunk's bytes as one run: where they lie, or copied to `buffer` if rows are apart in memory.
-const void* chunk_bytes(const Weight& w, int64_t matrix, int64_t first, int64_t count, char* buffer) {
-  const int64_t size = dtype_bytes(w.dtype);
-  const char* base = static_cast<const char*>(w.data) + matrix * w.matrix_stride * size;
-  if (w.row_stride == w.columns || w.rows == 1) return base + first * size;
-  for (int64_t done = 0; done < count;) {
-    const int64_t row = (first + done) / w.columns, column = (first + done) % w.columns;
-    const int64_t run = count - done < w.columns - column ? count - done : w.columns - column;
-    std::memcpy(buffer + done * size, base + (row * w.row_stride + column) * size, static_cast<size_t>(run * size));
-    done += run;
+/// Elements of one matrix in storage order, as bytes.
+class Elements {
+ public:
+  Elements(const Weight& w, int64_t matrix)
+      : base_(static_cast<char*>(w.data) + matrix * w.matrix_stride * dtype_bytes(w.dtype)),
+        size_(dtype_bytes(w.dtype)),
+        columns_(w.columns),
+        row_stride_(w.rows == 1 ? w.columns : w.row_stride) {}
+
+  char* base() const { return base_; }
+
+  /// Where elements from `first` on lie as one run; null if rows are apart in memory.
+  char* run(int64_t first) const { return row_stride_ == columns_ ? base_ + first * size_ : nullptr; }
+
+  void read(int64_t first, int64_t count, void* to) const {
+    for_rows(first, count, [to](int64_t done, char* place, size_t bytes) {
+      std::memcpy(static_cast<char*>(to) + done, place, bytes);
+    });
   }
-  return buffer;
+
+  void write(int64_t first, int64_t count, const void* from) const {
+    for_rows(first, count, [from](int64_t done, char* place, size_t bytes) {
+      std::memcpy(place, static_cast<const char*>(from) + done, bytes);
+    });
+  }
+
+ private:
+  template <class Body>
+  void for_rows(int64_t first, int64_t count, const Body& body) const {
+    if (char* all = run(first)) return body(0, all, static_cast<size_t>(count * size_));
+    for (int64_t done = 0; done < count;) {
+      const int64_t row = (first + done) / columns_, column = (first + done) % columns_;
+      const int64_t part = count - done < columns_ - column ? count - done : columns_ - column;
+      body(done * size_, base_ + (row * row_stride_ + column) * size_, static_cast<size_t>(part * size_));
+      done += part;
+    }
+  }
+
+  char* base_;
+  int64_t size_, columns_, row_stride_;
+};
+
+/// Calls work(elements as one run) for a chunk, by way of `buffer` if need be; writes back what it did if `changes`.
+template <class Work>
+void with_run(const Elements& elements, int64_t first, int64_t count, void* buffer, bool changes, const Work& work) {
+  if (char* run = elements.run(first)) return work(run);
+  elements.read(first, count, buffer);
+  work(buffer);
+  if (changes) elements.write(first, count, buffer);
 }
+
+struct alignas(64) ChunkBuffer {
+  char bytes[kChunk * sizeof(double)];
+};
 
 /// One call: what the panels share.
 class Changing {
  public:
   Changing(const ChangeArgs& args, Isa isa)
-      : args_(args), w_(args.weight), kernels_(merge_kernels_table(isa)), codec_(merge_codec_table(isa)) {}
-
-  void pack(const Context& context) {
+      : args_(args), w_(args.weight), kernels_(merge_kernels_table(isa)), codec_(merge_codec_table(isa)) {
     out_bytes_ = packed_matrix_bytes(w_, args_.take_out);
     in_bytes_ = packed_matrix_bytes(w_, args_.put_in);
-    const bool f64 = accumulator_dtype(w_.dtype) == DType::f64;
+    char* next = static_cast<char*>(args_.workspace);
+    packed_ = take(&next, w_.count * (out_bytes_ + in_bytes_));
+    done_ = take(&next, align_up(num_panels()));
+    scratch_ = next;
+  }
+
+  void pack(const Context& context) {
     const int64_t work = (w_.rows + w_.columns) * (total_rank(args_.take_out) + total_rank(args_.put_in));
     parallel_for(context, w_.count, grain(work), [&](int64_t begin, int64_t end) {
       for (int64_t matrix = begin; matrix < end; ++matrix) {
-        if (args_.take_out.num_adapters) kernels_.pack[f64](w_, args_.take_out, matrix, taken_out(matrix));
-        if (args_.put_in.num_adapters) kernels_.pack[f64](w_, args_.put_in, matrix, put_in(matrix));
+        if (args_.take_out.num_adapters) kernels_.pack[type()](w_, args_.take_out, matrix, taken_out(matrix));
+        if (args_.put_in.num_adapters) kernels_.pack[type()](w_, args_.put_in, matrix, put_in(matrix));
       }
-    });
-  }
-
-  /// Calls work(panel, slot's scratch) for all panels. Threads take them one by one: a slow one does not hold up all.
-  template <class Work>
-  void for_panels(const Context& context, const Work& work) {
-    const int64_t panels = w_.count * matrix_panels(w_);
-    const int64_t rank = total_rank(args_.take_out) + total_rank(args_.put_in) + 16;
-    const int64_t useful = 1 + panels * panel_elements(w_) * rank / kGrainWork;
-    int64_t slots = args_.num_slots < panels ? args_.num_slots : panels;
-    slots = slots < useful ? slots : useful;
-    char* scratch = static_cast<char*>(args_.workspace) + w_.count * (out_bytes_ + in_bytes_);
-    std::atomic<int64_t> next{0};
-    parallel_for(context, slots, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot)
-        for (int64_t panel; (panel = next.fetch_add(1, std::memory_order_relaxed)) < panels;)
-          work(panel, scratch + slot * slot_bytes(w_));
     });
   }
 
   void change(const Context& context) {
     if (args_.write) used_ = args_.write->used;
-    for_panels(context, [&](int64_t panel, char* scratch) { change_panel(panel, scratch); });
+    if (args_.unchanged) std::memset(done_, 0, static_cast<size_t>(num_panels()));
+    for_panels(context, [&](Panel* p) { change_panel(p); });
     if (args_.write) args_.write->used = used_ < args_.write->capacity ? used_.load() : args_.write->capacity;
+    if (!args_.unchanged) return;
+    *args_.unchanged = unchanged_;
+    if (unchanged_) return;
+    for_panels(context, [&](Panel* p) {
+      if (done_[p->index]) put_back(p);
+    });
   }
 
   bool is_finite(const Context& context) {
     std::atomic<bool> finite{true};
-    for_panels(context, [&](int64_t panel, char*) {
+    for_panels(context, [&](Panel* p) {
       if (!finite.load(std::memory_order_relaxed)) return;
-      const Panel p(*this, panel, nullptr);
-      if (!kernels_.is_finite[index(w_.dtype)](p.args)) finite = false;
+      read_panel(*p, p->before);
+      p->args.change = &p->in;
+      if (!kernels_.is_finite[type()](p->args)) finite = false;
     });
     return finite;
   }
 
  private:
-  /// One panel's arguments with the packed factors that they point to.
+  /// A panel, its packed factors, and a thread's scratch (heuristics.h).
   struct Panel {
-    int64_t matrix, first_chunk, num_chunks;
+    int64_t index, matrix, first_chunk, num_chunks;
+    Elements elements;
     PackedChange out, in;
     PanelArgs args;
+    char *before, *between;
+    int8_t* codes;
+    uint8_t* payloads;
 
-    Panel(const Changing& call, int64_t panel, void* residual) {
+    Panel(const Changing& call, int64_t panel, char* scratch)
+        : index(panel), matrix(panel / matrix_panels(call.w_)), elements(call.w_, matrix) {
       const Weight& w = call.w_;
-      matrix = panel / matrix_panels(w);
       const int64_t first = panel % matrix_panels(w) * panel_elements(w), left = matrix_elements(w) - first;
       args.first = first;
       args.last = first + (left < panel_elements(w) ? left : panel_elements(w));
@@ -140,60 +178,137 @@ class Changing {
       num_chunks = (args.last - args.first + kChunk - 1) / kChunk;
       args.columns = w.columns;
       args.row_stride = w.row_stride;
-      args.w = static_cast<char*>(w.data) + matrix * w.matrix_stride * dtype_bytes(w.dtype);
-      args.residual = residual;
+      args.w = elements.base();
+      before = take(&scratch, panel_log_bytes(w));
+      between = take(&scratch, panel_log_bytes(w));
+      codes = reinterpret_cast<int8_t*>(take(&scratch, panel_elements(w)));
+      payloads = reinterpret_cast<uint8_t*>(scratch);
+      args.from = before;
       out = call.taken_out(matrix);
       in = call.put_in(matrix);
-      args.take_out = call.args_.take_out.num_adapters ? &out : nullptr;
-      args.put_in = call.args_.put_in.num_adapters ? &in : nullptr;
     }
     Panel(const Panel&) = delete;
     Panel& operator=(const Panel&) = delete;
 
+    int64_t chunk_first(int64_t chunk) const { return args.first + chunk * kChunk; }
     int64_t chunk_elements(int64_t chunk) const {
-      const int64_t left = args.last - args.first - chunk * kChunk;
+      const int64_t left = args.last - chunk_first(chunk);
       return left < kChunk ? left : kChunk;
     }
   };
 
-  PackedChange taken_out(int64_t matrix) const {
-    return lay_out(w_, args_.take_out, static_cast<char*>(args_.workspace) + matrix * out_bytes_);
-  }
+  int type() const { return static_cast<int>(w_.dtype); }
+  int64_t num_panels() const { return w_.count * matrix_panels(w_); }
+  PackedChange taken_out(int64_t matrix) const { return lay_out(w_, args_.take_out, packed_ + matrix * out_bytes_); }
   PackedChange put_in(int64_t matrix) const {
-    return lay_out(w_, args_.put_in, static_cast<char*>(args_.workspace) + w_.count * out_bytes_ + matrix * in_bytes_);
+    return lay_out(w_, args_.put_in, packed_ + w_.count * out_bytes_ + matrix * in_bytes_);
   }
 
-  void change_panel(int64_t panel, char* scratch) {
-    Panel p(*this, panel, scratch);
-    const Log* read = args_.read;
-    Log* write = args_.write;
-    if (read && read->chunks[p.first_chunk].is(ChunkKind::pending)) return;
-    if (write && (!write->chunks[p.first_chunk].is(ChunkKind::pending) || used_ >= write->capacity)) return;
-    if (read) {
-      for (int64_t i = 0; i < p.num_chunks; ++i) {
-        const ChunkHeader& header = read->chunks[p.first_chunk + i];
-        codec_.decode[index(w_.dtype)](header, read->data + header.offset, read->data + read->capacity,
-                                       p.chunk_elements(i), scratch + i * kChunk * dtype_bytes(w_.dtype));
+  /// Calls work(panel) for all panels. Threads take them one by one: a slow one does not hold up all.
+  template <class Work>
+  void for_panels(const Context& context, const Work& work) {
+    const int64_t panels = num_panels();
+    const int64_t rank = total_rank(args_.take_out) + total_rank(args_.put_in) + 16;
+    const int64_t useful = 1 + panels * panel_elements(w_) * rank / kGrainWork;
+    int64_t slots = args_.num_slots < panels ? args_.num_slots : panels;
+    slots = slots < useful ? slots : useful;
+    std::atomic<int64_t> next{0};
+    parallel_for(context, slots, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        int64_t following = next.fetch_add(1, std::memory_order_relaxed);
+        while (following < panels) {
+          Panel p(*this, following, scratch_ + slot * slot_bytes(w_));
+          following = next.fetch_add(1, std::memory_order_relaxed);
+          if (following < panels) look_ahead(&p, following);
+          work(&p);
+        }
       }
+    });
+  }
+
+  /// The panel that the thread will read next comes into its cache while it computes this one.
+  void look_ahead(Panel* p, int64_t following) const {
+    const int64_t first = following % matrix_panels(w_) * panel_elements(w_), left = matrix_elements(w_) - first;
+    p->args.ahead = Elements(w_, following / matrix_panels(w_)).run(first);
+    const int64_t count = left < panel_elements(w_) ? left : panel_elements(w_);
+    p->args.ahead_bytes = p->args.ahead ? count * dtype_bytes(w_.dtype) : 0;
+  }
+
+  void read_panel(const Panel& p, void* to) const { p.elements.read(p.args.first, p.args.last - p.args.first, to); }
+
+  void change_panel(Panel* p) {
+    const Log* read = args_.read;
+    const Log* write = args_.write;
+    if (read && read->chunks[p->first_chunk].is(ChunkKind::pending)) return;
+    if (write && (!write->chunks[p->first_chunk].is(ChunkKind::pending) || used_ >= write->capacity)) return;
+    if (!unchanged_.load(std::memory_order_relaxed)) return;
+    read_panel(*p, p->before);
+    if (args_.unchanged && !has_checksums(*p)) {
+      unchanged_ = false;
+      return;
     }
-    p.args.read_residual = read;
-    p.args.write_residual = write;
-    kernels_.panel[index(w_.dtype)](p.args);
-    if (write && !write_log(p, scratch)) restore(&p);
+    if (args_.take_out.num_adapters) take_out(p);
+    if (args_.put_in.num_adapters) put_in(p);
+    if (write && !write_log(*p)) p->elements.write(p->args.first, p->args.last - p->args.first, p->before);
+    if (args_.unchanged) done_[p->index] = 1;
+  }
+
+  /// Whether `before` is what the log was written for.
+  bool has_checksums(const Panel& p) const {
+    const int64_t size = dtype_bytes(w_.dtype);
+    for (int64_t i = 0; i < p.num_chunks; ++i) {
+      const uint32_t sum = codec_.checksum(p.before + i * kChunk * size, p.chunk_elements(i) * size);
+      if (sum != args_.read->chunks[p.first_chunk + i].checksum) return false;
+    }
+    return true;
+  }
+
+  void take_out(Panel* p) const {
+    p->args.change = &p->out;
+    kernels_.take_out[type()](p->args);
+    const Log* log = args_.read;
+    if (!log) return;
+    ChunkBuffer buffer;
+    for (int64_t i = 0; i < p->num_chunks; ++i) {
+      const ChunkHeader& header = log->chunks[p->first_chunk + i];
+      if (header.is(ChunkKind::empty)) continue;
+      const int64_t count = p->chunk_elements(i);
+      with_run(p->elements, p->chunk_first(i), count, buffer.bytes, true, [&](void* run) {
+        codec_.correct[type()](header, log->data + header.offset, log->data + log->capacity, count, run);
+      });
+    }
+  }
+
+  void put_in(Panel* p) const {
+    if (args_.take_out.num_adapters) {
+      read_panel(*p, p->between);
+      p->args.from = p->between;
+    }
+    p->args.change = &p->in;
+    p->args.codes = args_.write ? p->codes : nullptr;
+    kernels_.put_in[type()](p->args);
+  }
+
+  /// A panel that was taken out is what it was before.
+  void put_back(Panel* p) const {
+    read_panel(*p, p->before);
+    p->args.change = &p->out;
+    kernels_.put_in[type()](p->args);
   }
 
   /// false: there is no room for the panel's payloads.
-  bool write_log(const Panel& p, const char* residual) {
+  bool write_log(const Panel& p) {
+    const int64_t size = dtype_bytes(w_.dtype);
     ChunkHeader headers[kMaxPanelChunks];
-    alignas(64) char buffer[kChunk * sizeof(double)];
-    uint8_t* payloads = reinterpret_cast<uint8_t*>(const_cast<char*>(residual)) + panel_log_bytes(w_);
+    ChunkBuffer buffer;
     int64_t bytes = 0;
     for (int64_t i = 0; i < p.num_chunks; ++i) {
-      const int64_t count = p.chunk_elements(i), size = dtype_bytes(w_.dtype);
+      const int64_t count = p.chunk_elements(i);
+      const char* elements = static_cast<const char*>(p.args.from) + i * kChunk * size;
       const int64_t used =
-          codec_.encode[index(w_.dtype)](residual + i * kChunk * size, count, &headers[i], payloads + bytes);
-      const void* run = chunk_bytes(w_, p.matrix, p.args.first + i * kChunk, count, buffer);
-      headers[i].checksum = codec_.checksum(run, count * size);
+          codec_.encode[type()](p.codes + i * kChunk, elements, count, &headers[i], p.payloads + bytes);
+      with_run(p.elements, p.chunk_first(i), count, buffer.bytes, false,
+               [&](void* run) { headers[i].checksum = codec_.checksum(run, count * size); });
       headers[i].offset = static_cast<uint64_t>(bytes);
       headers[i].bytes = static_cast<uint16_t>(used);
       bytes += used;
@@ -201,7 +316,7 @@ class Changing {
     Log& log = *args_.write;
     const int64_t offset = used_.fetch_add(bytes);
     if (offset + bytes > log.capacity) return false;
-    std::memcpy(log.data + offset, payloads, static_cast<size_t>(bytes));
+    std::memcpy(log.data + offset, p.payloads, static_cast<size_t>(bytes));
     for (int64_t i = 0; i < p.num_chunks; ++i) {
       headers[i].offset += static_cast<uint64_t>(offset);
       log.chunks[p.first_chunk + i] = headers[i];
@@ -209,22 +324,14 @@ class Changing {
     return true;
   }
 
-  /// The panel as it was before: the way back is what the residuals are for.
-  void restore(Panel* p) {
-    const PackedChange* out = p->args.take_out;
-    p->args.take_out = p->args.put_in;
-    p->args.put_in = out;
-    p->args.read_residual = true;
-    p->args.write_residual = false;
-    kernels_.panel[index(w_.dtype)](p->args);
-  }
-
   const ChangeArgs& args_;
   const Weight& w_;
   const Kernels& kernels_;
   const Codec& codec_;
   int64_t out_bytes_ = 0, in_bytes_ = 0;
+  char *packed_, *done_, *scratch_;
   std::atomic<int64_t> used_{0};
+  std::atomic<bool> unchanged_{true};
 };
 
 bool has_ranks(const Change& change) {
@@ -242,6 +349,9 @@ Status check_args(const ChangeArgs& args) {
     return invalid_argument("merge: adapters: expected at least one");
   }
   if (args.num_slots < 1) return invalid_argument("merge: num_slots: expected at least 1");
+  if (args.unchanged && (!args.read || args.put_in.num_adapters)) {
+    return invalid_argument("merge: unchanged: expected a log that is taken out, and nothing to put in");
+  }
   return {};
 }
 
@@ -252,6 +362,7 @@ Status change_cpu(const Context& context, const ChangeArgs& args) {
   Isa isa;
   if (const Status status = find_isa(args.read, &isa); !status.is_ok()) return status;
   if (args.write) args.write->fused = merge_kernels_table(isa).fused;
+  if (args.unchanged) *args.unchanged = true;
   if (matrix_elements(args.weight) == 0 || args.weight.count == 0) return {};
   Changing call(args, isa);
   call.pack(context);
@@ -278,12 +389,13 @@ Status check_unchanged_cpu(const Context& context, const Weight& weight, const L
   const Codec& codec = merge_codec_table(isa);
   std::atomic<bool> same{true};
   parallel_for(context, num_chunks(weight), kGrainWork / kChunk, [&](int64_t begin, int64_t end) {
-    alignas(64) char buffer[kChunk * sizeof(double)];
+    ChunkBuffer buffer;
     for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
       const int64_t matrix = i / matrix_chunks(weight), first = i % matrix_chunks(weight) * kChunk;
       const int64_t left = matrix_elements(weight) - first, count = left < kChunk ? left : kChunk;
-      const void* run = chunk_bytes(weight, matrix, first, count, buffer);
-      if (codec.checksum(run, count * dtype_bytes(weight.dtype)) != log.chunks[i].checksum) same = false;
+      with_run(Elements(weight, matrix), first, count, buffer.bytes, false, [&](void* run) {
+        if (codec.checksum(run, count * dtype_bytes(weight.dtype)) != log.chunks[i].checksum) same = false;
+      });
     }
   });
   *unchanged = same;

@@ -10,7 +10,7 @@ namespace pylora::merge {
 constexpr int64_t kMaxTileColumns = 32;
 
 /// A panel is what a thread works on at once: about 12 rows, so that the right factor is read from L2 once for two
-/// tiles of rows, and at most 64 K elements, whose residuals stay in L2.
+/// tiles of rows, and at most 64 K elements, which stay in L2.
 constexpr int64_t kPanelRows = 12, kMinPanelChunks = 4, kMaxPanelChunks = 16;
 
 constexpr int64_t matrix_elements(const Weight& w) { return w.rows * w.columns; }
@@ -48,13 +48,17 @@ constexpr int64_t packed_matrix_bytes(const Weight& w, const Change& change) {
          2 * align_up(scales * size);
 }
 
-/// A thread's scratch: the residuals of a panel, and its encoded payloads.
-constexpr int64_t slot_bytes(const Weight& w) { return 2 * panel_log_bytes(w); }
+/// A thread's scratch: a panel of W as it was, the same between taking out and putting in, the codes of a panel, and
+/// its payloads.
+constexpr int64_t slot_bytes(const Weight& w) {
+  return 3 * panel_log_bytes(w) + panel_elements(w) + kWorkspaceAlignment;
+}
 
+/// The packed factors, a byte a panel, and scratch.
 constexpr int64_t workspace_bytes(const ChangeArgs& args) {
   const Weight& w = args.weight;
   return w.count * (packed_matrix_bytes(w, args.take_out) + packed_matrix_bytes(w, args.put_in)) +
-         args.num_slots * slot_bytes(w);
+         align_up(w.count * matrix_panels(w)) + args.num_slots * slot_bytes(w);
 }
 
 }  // namespace pylora::merge

@@ -87,6 +87,9 @@ struct ChangeArgs {
   /// The log of put_in; null: without one. Only pending chunks are worked on, and those that find no room stay
   /// pending, their part of W as it was.
   Log* write = nullptr;
+  /// Where to say whether W is what it was when `read` was written; if not, W is left as it is. null: not checked.
+  /// Serves taking out alone: panels are checked as they come, and those that were done are put in again.
+  bool* unchanged = nullptr;
   int64_t num_slots = 1;      // threads that may work at once
   void* workspace = nullptr;  // workspace_bytes(args), aligned to 64
 };

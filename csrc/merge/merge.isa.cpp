@@ -1,156 +1,46 @@
 // The arithmetic of a merge. Per tile of 6 rows x 2 vectors the sums D are made in registers and left in a buffer in
 // L1; then the rows of W are read, changed and written one after another. Writing the sums out costs 12 stores for
 // some 200 multiply-adds, and keeps the kernels that differ by type and direction small.
-#include "merge/exact.h"
 #include "merge/kernels.h"
+#include "merge/pack.h"
+#include "merge/row.h"
 
 namespace pylora::PYLORA_ISA {
 namespace {
 
-using merge::Adapter;
-using merge::Change;
 using merge::Kernels;
-using merge::PackedChange;
 using merge::PanelArgs;
-using merge::Weight;
 
-constexpr int kTileRows = 6, kTileVectors = 2;
-template <class C>
-constexpr int kTile = kTileVectors * kLanes<C>;
+constexpr int kTileRows = 6;
 
-// ---- packing: factors of any type and stride to accumulators, scaling and row scales multiplied in ----
-
-/// `count` <= lanes elements, `stride` apart, as accumulators C; zeros after them.
-template <class C, class F>
-PYLORA_INLINE void gather(const F* p, int64_t stride, int64_t count, C* out) {
-  constexpr int kL = kLanes<Accumulator<F>>;
-  for (int64_t i = 0; i < count; i += kL) {
-    F lane[kL] = {};
-    const int64_t part = min_of<int64_t>(kL, count - i);
-    Accumulator<F> value[kL];
-    if (stride == 1 && part == kL) {
-      store(value, load(p + i));
-    } else {
-      for (int64_t j = 0; j < part; ++j)
-        lane[j] = p[(i + j) * stride];
-      store(value, load(lane));
-    }
-    for (int64_t j = 0; j < part; ++j)
-      out[i + j] = static_cast<C>(value[j]);
-  }
-}
-
-template <class C>
-void gather(DType dtype, ConstMatrix m, int64_t offset, int64_t stride, int64_t count, C* out) {
-  switch (dtype) {
-    case DType::f32:
-      return gather(static_cast<const float*>(m.data) + offset, stride, count, out);
-    case DType::bf16:
-      return gather(static_cast<const bf16*>(m.data) + offset, stride, count, out);
-    case DType::f16:
-      return gather(static_cast<const f16*>(m.data) + offset, stride, count, out);
-    case DType::f64:
-      return gather(static_cast<const double*>(m.data) + offset, stride, count, out);
-  }
-}
-
-/// The product of the row scales from `from` on at output feature o, multiplied last to first as the merge applies
-/// them.
-template <class C>
-C scales_from(const Change& change, int64_t from, int64_t o) {
-  C product = 1;
-  for (int64_t j = change.num_adapters; j-- > from;)
-    if (change.adapters[j].row_scale) product *= static_cast<const C*>(change.adapters[j].row_scale)[o];
-  return product;
-}
-
-constexpr int64_t kPackBlock = 64;
-
-/// One adapter's ranks, from `first_rank` on, of left: out[row * rank + first_rank + k].
-template <class C>
-void pack_left(const Weight& w, const Change& change, int64_t index, int64_t adapter, int64_t first_rank,
-               const PackedChange& packed) {
-  const Adapter& each = change.adapters[adapter];
-  C* left = static_cast<C*>(packed.left);
-  const ConstMatrix m = w.transposed ? each.a : each.b;
-  const int64_t row_step = w.transposed ? m.column_stride : m.row_stride;
-  const int64_t rank_step = w.transposed ? m.row_stride : m.column_stride;
-  const int64_t start = index * (w.transposed ? each.a_stride : each.b_stride);
-  for (int64_t row = 0; row < w.rows; ++row) {
-    C* out = left + row * packed.rank + first_rank;
-    gather<C>(each.dtype, m, start + row * row_step, rank_step, each.rank, out);
-    if (w.transposed) continue;
-    const C scales = scales_from<C>(change, adapter, row);
-    for (int64_t k = 0; k < each.rank; ++k)
-      out[k] = out[k] * static_cast<C>(each.scaling) * scales;
-  }
-}
-
-/// The same of right: out[(tile * rank + first_rank + k) * kTile + column in tile].
-template <class C>
-void pack_right(const Weight& w, const Change& change, int64_t index, int64_t adapter, int64_t first_rank,
-                const PackedChange& packed) {
-  const Adapter& each = change.adapters[adapter];
-  C* right = static_cast<C*>(packed.right);
-  const ConstMatrix m = w.transposed ? each.b : each.a;
-  const int64_t column_step = w.transposed ? m.row_stride : m.column_stride;
-  const int64_t rank_step = w.transposed ? m.column_stride : m.row_stride;
-  const int64_t start = index * (w.transposed ? each.b_stride : each.a_stride);
-  for (int64_t column = 0; column < w.columns; column += kTile<C>) {
-    const int64_t count = min_of<int64_t>(kTile<C>, w.columns - column);
-    C scales[kTile<C>];
-    for (int64_t j = 0; w.transposed && j < count; ++j)
-      scales[j] = scales_from<C>(change, adapter, column + j);
-    for (int64_t k = 0; k < each.rank; ++k) {
-      C* out = right + (column * packed.rank + (first_rank + k) * kTile<C>);
-      gather<C>(each.dtype, m, start + column * column_step + k * rank_step, column_step, count, out);
-      for (int64_t j = 0; w.transposed && j < count; ++j)
-        out[j] = out[j] * static_cast<C>(each.scaling) * scales[j];
-      for (int64_t j = count; j < kTile<C>; ++j)
-        out[j] = 0;
-    }
-  }
-}
-
-template <class C>
-void pack(const Weight& w, const Change& change, int64_t index, const PackedChange& packed) {
-  const PlainFloatingPoint plain;
-  int64_t first_rank = 0;
-  for (int64_t j = 0; j < change.num_adapters; first_rank += change.adapters[j++].rank) {
-    pack_left<C>(w, change, index, j, first_rank, packed);
-    pack_right<C>(w, change, index, j, first_rank, packed);
-  }
-  C* scale = static_cast<C*>(packed.scale);
-  C* inverse = static_cast<C*>(packed.inverse);
-  const int64_t length = packed.by_column ? (w.columns + kTile<C> - 1) / kTile<C> * kTile<C> : w.rows;
-  for (int64_t o = 0; o < length; ++o) {
-    scale[o] = o < w.out_features() ? scales_from<C>(change, 0, o) : 1;
-    inverse[o] = 1 / scale[o];
-    if (!(inverse[o] - inverse[o] == 0)) inverse[o] = 0;
-  }
-}
-
-// ---- tiles ----
+// ---- sums ----
 
 /// out[m, :] = left[m, :] right: M rows of one tile of columns, the ranks in order.
 template <class C, int M>
 void multiply_tile(const C* left, const C* right, int64_t rank, C* out) {
   Vec<C> sum[M][kTileVectors];
+#pragma GCC unroll 6
   for (int m = 0; m < M; ++m)  // an initialiser would clear memory first
+#pragma GCC unroll 2
     for (int n = 0; n < kTileVectors; ++n)
       sum[m][n] = Vec<C>{};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < rank; ++k) {
     Vec<C> column[kTileVectors];
+#pragma GCC unroll 2
     for (int n = 0; n < kTileVectors; ++n)
       column[n] = load(right + k * kTile<C> + n * kLanes<C>);
+#pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       const Vec<C> value = splat(left[m * rank + k]);
+#pragma GCC unroll 2
       for (int n = 0; n < kTileVectors; ++n)
         sum[m][n] = multiply_add(value, column[n], sum[m][n]);
     }
   }
+#pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
     for (int n = 0; n < kTileVectors; ++n)
       store(out + m * kTile<C> + n * kLanes<C>, sum[m][n]);
 }
@@ -163,20 +53,19 @@ constexpr MultiplyTile<C> kMultiplyTiles[kTileRows] = {multiply_tile<C, 1>, mult
 
 /// A change at one tile: its sums, and the scales at its first row and column.
 template <class C>
-struct TileChange {
+struct TileSums {
   alignas(64) C sums[kTileRows * kTile<C>];
   const C* scale;
   const C* inverse;
   bool by_column;
 
-  void make(const PackedChange& change, int64_t row, int rows, int64_t tile) {
+  void make(const PackedChange& change, int64_t row, int rows, int64_t column) {
     const C* left = static_cast<const C*>(change.left) + row * change.rank;
-    const C* right = static_cast<const C*>(change.right) + tile * change.rank * kTile<C>;
+    const C* right = static_cast<const C*>(change.right) + column * change.rank;
     kMultiplyTiles<C>[rows - 1](left, right, change.rank, sums);
     by_column = change.by_column;
-    const int64_t first = by_column ? tile * kTile<C> : row;
-    scale = static_cast<const C*>(change.scale) + first;
-    inverse = static_cast<const C*>(change.inverse) + first;
+    scale = static_cast<const C*>(change.scale) + (by_column ? column : row);
+    inverse = static_cast<const C*>(change.inverse) + (by_column ? column : row);
   }
 
   Vec<C> sum(int m, int n) const { return load(sums + m * kTile<C> + n * kLanes<C>); }
@@ -185,87 +74,88 @@ struct TileChange {
   // Multiplying by 1 changes nothing, so that leaving it out does not either.
   template <bool kScaled>
   Vec<C> put_in(Vec<C> value, int m, int n) const {
-    if constexpr (!kScaled) return one_nan(value + sum(m, n));
-    return one_nan(multiply_add(value, at(scale, m, n), sum(m, n)));
+    if constexpr (!kScaled) return value + sum(m, n);
+    return multiply_add(value, at(scale, m, n), sum(m, n));
   }
   template <bool kScaled>
   Vec<C> take_out(Vec<C> value, int m, int n) const {
-    if constexpr (!kScaled) return one_nan(value - sum(m, n));
-    return one_nan((value - sum(m, n)) * at(inverse, m, n));
+    if constexpr (!kScaled) return value - sum(m, n);
+    return (value - sum(m, n)) * at(inverse, m, n);
   }
 };
 
-/// `from` is a copy of the tile's rows, [rows, kTile], made before the sums are: reading W while writing it would wait,
-/// as rows a power of two apart look like one another to the CPU's check of loads against earlier stores.
+// ---- tiles ----
+
+/// `from` is apart from W: reading W while writing it would wait, as rows a power of two apart look like one another to
+/// the CPU's check of loads against earlier stores.
 template <class T>
 struct TileArgs {
   const T* from;
+  int64_t from_stride;
   T* to;
-  int64_t stride;
-  Word<T>* residual;
-  int64_t residual_stride;
+  int64_t to_stride;
+  int8_t* codes;
+  int64_t codes_stride;
   int rows;
 };
 
-/// One tile of W: takes `out` out, then puts `in` in.
-template <class T, bool kOut, bool kRead, bool kIn, bool kWrite, bool kScaled>
-void change_tile(const TileArgs<T>& t, const TileChange<Accumulator<T>>& out, const TileChange<Accumulator<T>>& in) {
-  constexpr int kL = kLanes<Accumulator<T>>;
-  for (int m = 0; m < t.rows; ++m) {
+enum class Step { put_in, put_in_with_codes, take_out };
+
+/// Sums that are 0 as long as the values that made them are finite.
+template <class C>
+struct Probe {
+  Vec<C> v[kTileVectors];
+
+  bool is_finite() const { return horizontal_sum<C>(v[0] + v[1]) == 0; }
+};
+
+/// One tile of W. Unless kNaNs, no NaN is made one_nan's: if `probe` then is not finite, what was written is void.
+template <class T, Step kStep, bool kScaled, bool kNaNs>
+void change_tile(const TileArgs<T>& t, const TileSums<Accumulator<T>>& d, Probe<Accumulator<T>>* probe) {
+  using C = Accumulator<T>;
+  const TileArgs<T> tile = t;  // codes may point anywhere: what is read through `t` would be read again in each row
+  const T* from = tile.from;
+  T* to = tile.to;
+  int8_t* codes = tile.codes;
+  Pair<C> sum = {probe->v[0], probe->v[1]};
+  for (int m = 0; m < tile.rows; ++m, from += tile.from_stride, to += tile.to_stride, codes += tile.codes_stride) {
+    const Row<T> row = Row<T>::read(from);
+    Pair<C> value = row.values();
     for (int n = 0; n < kTileVectors; ++n) {
-      Word<T>* residual = nullptr;
-      if constexpr (kRead || kWrite) residual = t.residual + m * t.residual_stride + n * kL;
-      Words<T> words = load_words<T>(t.from + m * kTile<Accumulator<T>> + n * kL);
-      if constexpr (kOut) {
-        words = round_to<T>(out.template take_out<kScaled>(to_values<T>(words), m, n)).words;
-        if constexpr (kRead) words = in_order<T>(in_order<T>(words) + load_words<T>(residual));
+      Vec<C>& v = value.v[n];
+      v = kStep == Step::take_out ? d.template take_out<kScaled>(v, m, n) : d.template put_in<kScaled>(v, m, n);
+      if constexpr (kNaNs) v = one_nan(v);
+      if constexpr (!kNaNs) sum.v[n] = multiply_add(v, Vec<C>{}, sum.v[n]);
+    }
+    const Row<T> changed = kStep == Step::take_out ? Row<T>::round_back(value) : Row<T>::round(value);
+    changed.write(to);
+    if constexpr (kStep == Step::put_in_with_codes) {
+      Pair<C> back = changed.values();
+      for (int n = 0; n < kTileVectors; ++n) {
+        back.v[n] = d.template take_out<kScaled>(back.v[n], m, n);
+        // Not a NaN if `changed` is none, but for infinity / infinity.
+        if constexpr (kNaNs || kScaled) back.v[n] = one_nan(back.v[n]);
       }
-      Words<T> changed = words;
-      if constexpr (kIn) {
-        const Rounded<T> merged = round_to<T>(in.template put_in<kScaled>(to_values<T>(words), m, n));
-        changed = merged.words;
-        if constexpr (kWrite) {
-          const Words<T> back = round_to<T>(in.template take_out<kScaled>(merged.values, m, n)).words;
-          store_words<T>(residual, in_order<T>(words) - in_order<T>(back));
-        }
-      }
-      store_words<T>(t.to + m * t.stride + n * kL, changed);
+      row.write_codes(Row<T>::round_back(back), codes);
     }
   }
+  for (int n = 0; n < kTileVectors; ++n)
+    probe->v[n] = sum.v[n];
 }
 
 template <class T>
-bool is_finite_tile(const TileArgs<T>& t, const TileChange<Accumulator<T>>& in) {
+bool is_finite_tile(const TileArgs<T>& t, const TileSums<Accumulator<T>>& d) {
   using C = Accumulator<T>;
   Vec<C> zeros = {};  // x - x is 0 or NaN
   for (int m = 0; m < t.rows; ++m) {
-    for (int n = 0; n < kTileVectors; ++n) {
-      const Vec<C> value = load(t.from + m * kTile<C> + n * kLanes<C>);
-      const Vec<C> rounded = round_to<T>(in.template put_in<true>(value, m, n)).values;
-      zeros += rounded - rounded;
-    }
+    Pair<C> value = Row<T>::read(t.from + m * t.from_stride).values();
+    for (int n = 0; n < kTileVectors; ++n)
+      value.v[n] = one_nan(d.template put_in<true>(value.v[n], m, n));
+    const Pair<C> rounded = Row<T>::round(value).values();
+    for (int n = 0; n < kTileVectors; ++n)
+      zeros += rounded.v[n] - rounded.v[n];
   }
   return horizontal_sum<C>(zeros) == 0;
-}
-
-template <class T>
-using ChangeTile = void (*)(const TileArgs<T>&, const TileChange<Accumulator<T>>&, const TileChange<Accumulator<T>>&);
-
-template <class T, bool kScaled>
-ChangeTile<T> change_tile_for(const PanelArgs& p) {
-  const bool read = p.read_residual, write = p.write_residual;
-  if (!p.put_in) {
-    return read ? change_tile<T, true, true, false, false, kScaled>
-                : change_tile<T, true, false, false, false, kScaled>;
-  }
-  if (!p.take_out) {
-    return write ? change_tile<T, false, false, true, true, kScaled>
-                 : change_tile<T, false, false, true, false, kScaled>;
-  }
-  if (read) {
-    return write ? change_tile<T, true, true, true, true, kScaled> : change_tile<T, true, true, true, false, kScaled>;
-  }
-  return write ? change_tile<T, true, false, true, true, kScaled> : change_tile<T, true, false, true, false, kScaled>;
 }
 
 // ---- panels ----
@@ -276,43 +166,58 @@ int next_rows(int64_t left) {
   return static_cast<int>((left + 1) / 2);
 }
 
-/// Calls body(tile args, first row, column tile) for the tiles of rows [row0, row1) and columns [column0, column1).
-/// Tiles that reach beyond these are copied to a buffer, and back if kChanges. body returns false to stop.
-template <class T, bool kChanges, class Body>
-bool for_tiles(const PanelArgs& p, int64_t row0, int64_t row1, int64_t column0, int64_t column1, Body body) {
+/// A tile of which only some columns, the same in each row, belong to the panel (or to W), in memory of its own.
+template <class T>
+struct PartialTile {
+  static constexpr int64_t kWide = kTile<Accumulator<T>>;
+  alignas(64) T from[kTileRows * kWide];
+  alignas(64) T to[kTileRows * kWide];
+  alignas(64) int8_t codes[kTileRows * kWide];
+
+  /// The tile whose columns [begin, end) are those of `t`, the others zeros.
+  TileArgs<T> read(const TileArgs<T>& t, int64_t begin, int64_t end) {
+    for (int m = 0; m < t.rows; ++m) {
+      __builtin_memset(from + m * kWide, 0, kWide * sizeof(T));
+      __builtin_memcpy(from + m * kWide + begin, t.from + m * t.from_stride, (end - begin) * sizeof(T));
+    }
+    return {from, kWide, to, kWide, codes, kWide, t.rows};
+  }
+
+  void write(const TileArgs<T>& t, int64_t begin, int64_t end, bool has_codes) const {
+    for (int m = 0; m < t.rows; ++m) {
+      __builtin_memcpy(t.to + m * t.to_stride, to + m * kWide + begin, (end - begin) * sizeof(T));
+      if (has_codes) __builtin_memcpy(t.codes + m * t.codes_stride, codes + m * kWide + begin, end - begin);
+    }
+  }
+};
+
+/// For all tiles of the panel fills in body.next_tile() and calls body(first row, first column), or body.partial for
+/// those that reach beyond the panel; either returns false to stop.
+template <class T, class Body>
+bool for_tiles(const PanelArgs& p, Body& body) {
   constexpr int64_t kWide = kTile<Accumulator<T>>;
-  T* w = static_cast<T*>(p.w);
-  Word<T>* residuals = static_cast<Word<T>*>(p.residual);
-  constexpr int64_t kAhead = 512 / sizeof(T);
-  alignas(64) T values[kTileRows * kWide];
-  alignas(64) Word<T> words[kTileRows * kWide];
-  for (int64_t tile = column0 / kWide; tile * kWide < column1; ++tile) {
-    const int64_t begin = column0 > tile * kWide ? column0 : tile * kWide;
-    const int64_t end = min_of(column1, (tile + 1) * kWide);
-    for (int64_t row = row0; row < row1;) {
-      const int rows = next_rows(row1 - row);
-      T* to = w + row * p.row_stride + begin;
-      Word<T>* residual = residuals ? residuals + (row * p.columns + begin - p.first) : nullptr;
+  const int64_t first_row = p.first / p.columns, last_row = (p.last - 1) / p.columns;
+  const int64_t first_column = p.first - first_row * p.columns, last_column = p.last - last_row * p.columns;
+  for (int64_t column = 0; column < p.columns; column += kWide) {
+    const int64_t column_end = min_of(p.columns, column + kWide);
+    const int64_t whole_end = last_column >= column_end ? last_row + 1 : last_row;
+    for (int64_t row = first_row; row <= last_row;) {
+      const int64_t begin = row == first_row && first_column > column ? first_column : column;
+      const int64_t end = row == last_row ? min_of(column_end, last_column) : column_end;
+      const int rows = begin == column && end == column_end ? next_rows(whole_end - row) : 1;
+      const int64_t place = row * p.columns + begin - p.first;
+      TileArgs<T>& t = body.next_tile();  // filled in where it stays: copies of what was just written wait for it
+      t.from = static_cast<const T*>(p.from) + place;
+      t.from_stride = p.columns;
+      t.to = static_cast<T*>(p.w) + row * p.row_stride + begin;
+      t.to_stride = p.row_stride;
+      t.codes = p.codes ? p.codes + place : nullptr;
+      t.codes_stride = p.codes ? p.columns : 0;
+      t.rows = rows;
       if (end - begin == kWide) {
-        for (int m = 0; m < rows; ++m) {
-          __builtin_prefetch(to + m * p.row_stride + kAhead);
-          __builtin_memcpy(values + m * kWide, to + m * p.row_stride, kWide * sizeof(T));
-        }
-        if (!body(TileArgs<T>{values, to, p.row_stride, residual, p.columns, rows}, row, tile)) return false;
-      } else {
-        const int64_t shift = begin - tile * kWide, bytes = (end - begin) * static_cast<int64_t>(sizeof(T));
-        for (int m = 0; m < rows; ++m) {
-          __builtin_memset(values + m * kWide, 0, kWide * sizeof(T));
-          __builtin_memset(words + m * kWide, 0, kWide * sizeof(T));
-          __builtin_memcpy(values + m * kWide + shift, to + m * p.row_stride, bytes);
-          if (residual && p.read_residual) __builtin_memcpy(words + m * kWide + shift, residual + m * p.columns, bytes);
-        }
-        if (!body(TileArgs<T>{values, values, kWide, words, kWide, rows}, row, tile)) return false;
-        for (int m = 0; kChanges && m < rows; ++m) {
-          __builtin_memcpy(to + m * p.row_stride, values + m * kWide + shift, bytes);
-          if (residual && p.write_residual)
-            __builtin_memcpy(residual + m * p.columns, words + m * kWide + shift, bytes);
-        }
+        if (!body(row, column)) return false;
+      } else if (begin < end) {
+        if (!body.partial(row, column, begin - column, end - column)) return false;
       }
       row += rows;
     }
@@ -320,49 +225,125 @@ bool for_tiles(const PanelArgs& p, int64_t row0, int64_t row1, int64_t column0, 
   return true;
 }
 
-/// The tiles of elements [first, last): a part of a row, whole rows, a part of a row.
-template <class T, bool kChanges, class Body>
-bool for_elements(const PanelArgs& p, Body body) {
-  for (int64_t element = p.first; element < p.last;) {
-    const int64_t row = element / p.columns, column = element % p.columns, left = p.last - element;
-    const int64_t rows = column == 0 && left >= p.columns ? left / p.columns : 1;
-    const int64_t end = rows > 1 ? p.columns : min_of(p.columns, column + left);
-    if (!for_tiles<T, kChanges>(p, row, row + rows, column, end, body)) return false;
-    element += rows > 1 ? rows * p.columns : end - column;
+/// Changes tiles one behind their sums: a tile's multiply-adds keep two of the CPU's units busy and the change of the
+/// tile before the others.
+template <class T, Step kStep, bool kScaled, bool kNaNs>
+class TileChanges {
+ public:
+  using C = Accumulator<T>;
+
+  explicit TileChanges(const PanelArgs& p)
+      : change_(*p.change),
+        has_codes_(p.codes),
+        ahead_(static_cast<const char*>(p.ahead)),
+        ahead_end_(ahead_ + p.ahead_bytes) {}
+
+  TileArgs<T>& next_tile() { return tiles_[next_]; }
+
+  bool operator()(int64_t row, int64_t column) {
+    const int rows = tiles_[next_].rows;
+    for (int64_t i = 0; i < rows * kTile<C> * static_cast<int64_t>(sizeof(T)) && ahead_ < ahead_end_; i += 64) {
+      __builtin_prefetch(ahead_, 0, 2);
+      ahead_ += 64;
+    }
+    sums_[next_].make(change_, row, rows, column);
+    flush();
+    is_waiting_ = true;
+    next_ ^= 1;
+    return true;
   }
-  return true;
+
+  bool partial(int64_t row, int64_t column, int64_t begin, int64_t end) {
+    const TileArgs<T> whole = tiles_[next_];
+    tiles_[next_] = partial_.read(whole, begin, end);
+    (*this)(row, column);
+    flush();
+    partial_.write(whole, begin, end, has_codes_);
+    return true;
+  }
+
+  void flush() {
+    if (is_waiting_) change_tile<T, kStep, kScaled, kNaNs>(tiles_[next_ ^ 1], sums_[next_ ^ 1], &probe_);
+    is_waiting_ = false;
+  }
+
+  bool is_finite() const { return probe_.is_finite(); }
+
+ private:
+  const PackedChange& change_;
+  const bool has_codes_;
+  const char *ahead_, *ahead_end_;
+  TileSums<C> sums_[2];
+  TileArgs<T> tiles_[2];
+  int next_ = 0;
+  bool is_waiting_ = false;
+  Probe<C> probe_{};
+  PartialTile<T> partial_;
+};
+
+template <class T, Step kStep, bool kScaled, bool kNaNs>
+bool try_panel(const PanelArgs& p) {
+  TileChanges<T, kStep, kScaled, kNaNs> changes(p);
+  for_tiles<T>(p, changes);
+  changes.flush();
+  return changes.is_finite();
+}
+
+template <class T, Step kStep, bool kScaled>
+void change_panel(const PanelArgs& p) {
+  const PlainFloatingPoint plain;
+  if (!try_panel<T, kStep, kScaled, false>(p)) try_panel<T, kStep, kScaled, true>(p);
 }
 
 template <class T>
-void panel(const PanelArgs& p) {
-  const PlainFloatingPoint plain;
-  const bool scaled = (p.take_out && p.take_out->scaled) || (p.put_in && p.put_in->scaled);
-  const ChangeTile<T> change = scaled ? change_tile_for<T, true>(p) : change_tile_for<T, false>(p);
-  TileChange<Accumulator<T>> out, in;
-  for_elements<T, true>(p, [&](const TileArgs<T>& t, int64_t row, int64_t tile) {
-    if (p.take_out) out.make(*p.take_out, row, t.rows, tile);
-    if (p.put_in) in.make(*p.put_in, row, t.rows, tile);
-    change(t, out, in);
-    return true;
-  });
+void put_in(const PanelArgs& p) {
+  if (p.codes) {
+    p.change->scaled ? change_panel<T, Step::put_in_with_codes, true>(p)
+                     : change_panel<T, Step::put_in_with_codes, false>(p);
+  } else {
+    p.change->scaled ? change_panel<T, Step::put_in, true>(p) : change_panel<T, Step::put_in, false>(p);
+  }
 }
+
+template <class T>
+void take_out(const PanelArgs& p) {
+  p.change->scaled ? change_panel<T, Step::take_out, true>(p) : change_panel<T, Step::take_out, false>(p);
+}
+
+template <class T>
+struct FiniteTiles {
+  const PackedChange& change;
+  TileArgs<T> tile;
+  TileSums<Accumulator<T>> sums;
+  PartialTile<T> buffer;
+
+  explicit FiniteTiles(const PanelArgs& p) : change(*p.change) {}
+
+  TileArgs<T>& next_tile() { return tile; }
+  bool operator()(int64_t row, int64_t column) {
+    sums.make(change, row, tile.rows, column);
+    return is_finite_tile<T>(tile, sums);
+  }
+  bool partial(int64_t row, int64_t column, int64_t begin, int64_t end) {
+    tile = buffer.read(tile, begin, end);
+    return (*this)(row, column);
+  }
+};
 
 template <class T>
 bool is_finite(const PanelArgs& p) {
   const PlainFloatingPoint plain;
-  TileChange<Accumulator<T>> in;
-  return for_elements<T, false>(p, [&](const TileArgs<T>& t, int64_t row, int64_t tile) {
-    in.make(*p.put_in, row, t.rows, tile);
-    return is_finite_tile<T>(t, in);
-  });
+  FiniteTiles<T> tiles(p);
+  return for_tiles<T>(p, tiles);
 }
 
 }  // namespace
 
 extern const Kernels merge_kernels;
 const Kernels merge_kernels = {kFused,
-                               {pack<float>, pack<double>},
-                               {panel<float>, panel<bf16>, panel<f16>, panel<double>},
+                               {pack<float>, pack<bf16>, pack<f16>, pack<double>},
+                               {put_in<float>, put_in<bf16>, put_in<f16>, put_in<double>},
+                               {take_out<float>, take_out<bf16>, take_out<f16>, take_out<double>},
                                {is_finite<float>, is_finite<bf16>, is_finite<f16>, is_finite<double>}};
 
 }  // namespace pylora::PYLORA_ISA

@@ -66,7 +66,7 @@ class Call {
     args_.put_in = adapters(&in_, "", a, b, scalings, row_scales);
   }
 
-  /// Checks the log and that W is what it was made for; nothing is written before.
+  /// Checks the log, but not that W is what it was made for.
   void read_log(const char* name, const OptionalTensor& log) {
     if (!log) return;
     TORCH_CHECK_TYPE(log->scalar_type() == at::kByte, op_, ": ", name, ": expected uint8, got ", log->scalar_type());
@@ -94,12 +94,14 @@ class Call {
     read_.fused = header.fused;
     TORCH_CHECK_VALUE(read_.capacity >= 0 && read_.capacity == header.data_bytes && is_readable(w, read_), op_, ": ",
                       name, ": expected the whole log of a merge, got a damaged one");
-    bool unchanged = false;
-    binding::throw_unless_ok(check_unchanged_cpu(context_, with_data(w), read_, &unchanged));
-    TORCH_CHECK_VALUE(unchanged, op_,
-                      ": w: expected the values that the merge left, got others: the weight was "
-                      "changed after the merge");
     args_.read = &read_;
+  }
+
+  void check_unchanged() {
+    if (!args_.read) return;
+    bool unchanged = false;
+    binding::throw_unless_ok(check_unchanged_cpu(context_, with_data(args_.weight), read_, &unchanged));
+    throw_unless(unchanged);
   }
 
   bool is_finite() {
@@ -111,7 +113,11 @@ class Call {
 
   void run() {
     prepare();
+    bool unchanged = true;
+    if (args_.read && !args_.put_in.num_adapters) args_.unchanged = &unchanged;
     binding::throw_unless_ok(change_cpu(context_, args_));
+    args_.unchanged = nullptr;
+    throw_unless(unchanged);
     bump_version();
   }
 
@@ -143,6 +149,12 @@ class Call {
   }
 
  private:
+  void throw_unless(bool unchanged) const {
+    TORCH_CHECK_VALUE(unchanged, op_,
+                      ": w: expected the values that the merge left, got others: the weight was "
+                      "changed after the merge");
+  }
+
   Change adapters(std::vector<Adapter>* list, const std::string& prefix, at::TensorList a, at::TensorList b,
                   at::ArrayRef<double> scalings, const RowScales& row_scales) {
     TORCH_CHECK_VALUE(!a.empty(), op_, ": ", prefix, "a: expected at least one adapter, got none");
@@ -302,6 +314,7 @@ Tensor swap(Tensor& w, at::TensorList old_a, at::TensorList old_b, at::ArrayRef<
   call.take_out("old_", old_a, old_b, old_scalings, old_row_scales);
   call.put_in(a, b, scalings, row_scales);
   call.read_log("old_log", old_log);
+  call.check_unchanged();
   if (log) return call.run_with_log();
   call.run();
   return new_bytes(0);
