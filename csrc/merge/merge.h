@@ -7,8 +7,7 @@
 // adapters' output features (Conv1D, embeddings). A stack is `count` such matrices.
 //
 // Undo log. round((W' - D) / F) is what taking out computes, and it is known while putting in. Where it is not W bit
-// for bit, the log holds the difference of the two bit patterns in the order of the numbers they stand for (README.md
-// has the format), so that taking out with the log gives W back whatever the values: zeros of either sign, NaN,
+// for bit, the log holds the difference of the two bit patterns (README.md has the format), so that taking out with the log gives W back whatever the values: zeros of either sign, NaN,
 // infinities, overflow.
 //
 // Numerics. D is summed in f32 (f64 for f64) over the ranks in order, adapter by adapter, each step one fused

@@ -20,7 +20,7 @@ namespace {
 
 /// A log tensor begins with this; chunk headers and payloads follow.
 struct LogHeader {
-  char magic[8] = {'P', 'Y', 'L', 'O', 'R', 'A', 'M', '1'};
+  char magic[8] = {'P', 'Y', 'L', 'O', 'R', 'A', 'M', '2'};
   int64_t count = 0, rows = 0, columns = 0;
   int64_t data_bytes = 0;
   uint8_t dtype = 0;
