@@ -18,11 +18,7 @@ struct PoolOps {
     const SegmentPlan plan = check(pools, rows, x);
     const Tensor v = new_v(x, static_cast<int64_t>(a.size()), x.size(0), pools.max_rank());
     check_output(pools, y, x);
-#if defined(PYLORA_WITH_CUDA)
-    if (!x.is_cpu() && pools_decode_cuda(pools, plan, x, v, y)) return v;
-#endif
-    pools_shrink(pools, plan, x, v);
-    pools_expand(pools, plan, v, y);
+    pools_forward(pools, plan, x, v, y);
     return v;
   }
 

@@ -52,6 +52,22 @@ inline void check_indptr(const char* op, const char* name, const Tensor& indptr,
                       p[i + 1]);
 }
 
+/// One factor of all slots. Addresses are counted here: a tensor for each slot would take longer than a small batch.
+struct StackedFactor {
+  StackedFactor(const Tensor& pool, int64_t row_dim, int64_t column_dim)
+      : dtype(to_dtype(pool.scalar_type())),
+        first{pool.const_data_ptr(), pool.stride(row_dim), pool.stride(column_dim)},
+        slot_bytes(pool.stride(0) * pool.element_size()) {}
+
+  ConstMatrix of_slot(int64_t slot) const {
+    return {static_cast<const char*>(first.data) + slot * slot_bytes, first.row_stride, first.column_stride};
+  }
+
+  DType dtype;
+  ConstMatrix first;
+  int64_t slot_bytes;
+};
+
 /// Stacked factors of all slots, for one or several products of the same input ("slices").
 struct Pools {
   const char* op;
@@ -101,18 +117,20 @@ struct Pools {
   /// The slots of one slice.
   std::vector<SegmentSlot> slots(size_t slice) const {
     std::vector<SegmentSlot> result(static_cast<size_t>(num_slots()));
+    std::optional<StackedFactor> a_factors, b_factors;
+    if (!a.empty()) a_factors.emplace(a[slice], 1, 2);
+    if (!b.empty()) b_factors.emplace(b[slice], out_first ? 1 : 2, out_first ? 2 : 1);
     for (int64_t i = 0; i < num_slots(); ++i) {
       SegmentSlot& slot = result[static_cast<size_t>(i)];
       slot.rank = ranks.const_data_ptr<int32_t>()[i];
       if (scalings) slot.scaling = scalings->const_data_ptr<float>()[i];
-      if (!a.empty()) {
-        slot.dtype = to_dtype(a[slice].scalar_type());
-        slot.a = matrix(a[slice].select(0, i));
+      if (a_factors) {
+        slot.dtype = a_factors->dtype;
+        slot.a = a_factors->of_slot(i);
       }
-      if (!b.empty()) {
-        const Tensor factor = b[slice].select(0, i);
-        slot.dtype = to_dtype(factor.scalar_type());
-        slot.b = matrix(out_first ? factor : factor.t());
+      if (b_factors) {
+        slot.dtype = b_factors->dtype;
+        slot.b = b_factors->of_slot(i);
       }
     }
     return result;
@@ -149,22 +167,39 @@ inline MutableMatrix columns_from(const Tensor& y, int64_t column) {
   return {static_cast<char*>(y.mutable_data_ptr()) + column * y.element_size(), y.stride(0), 1};
 }
 
+/// `launch` for each slice in turn. v: [slices, num_tokens, max_rank]; x: null where nothing is shrunk, y: where nothing
+/// is expanded, the slices' columns side by side.
+inline void for_each_slice(const Pools& pools, const SegmentPlan& plan, const Tensor* x, const Tensor& v,
+                           const Tensor* y, Status (*launch)(const Context&, const SegmentForward&)) {
+  const Tensor rows = x ? with_unit_columns(*x) : Tensor();
+  int64_t column = 0;
+  for (size_t slice = 0; slice < std::max(pools.a.size(), pools.b.size()); ++slice) {
+    const std::vector<SegmentSlot> slots = pools.slots(slice);
+    SegmentForward args;
+    args.shape.v_stride = v.size(2);
+    args.shape.dtype = to_dtype((x ? *x : *y).scalar_type());
+    args.plan = plan;
+    args.slots = slots.data();
+    args.v = v.select(0, static_cast<int64_t>(slice)).mutable_data_ptr();
+    if (x) {
+      args.shape.in_features = x->size(1);
+      args.x = matrix(rows);
+    }
+    if (y) {
+      args.shape.out_features = pools.out_features(pools.b[slice]);
+      args.y = columns_from(*y, column);
+      column += args.shape.out_features;
+    }
+    throw_unless_ok(launch(cpu_context(), args));
+  }
+}
+
 /// v of all slices; tokens without an adapter, and ranks beyond a slot's own, are not written.
 inline void pools_shrink(const Pools& pools, const SegmentPlan& plan, const Tensor& x, const Tensor& v) {
 #if defined(PYLORA_WITH_CUDA)
   if (!x.is_cpu()) return pools_shrink_cuda(pools, plan, x, v);
 #endif
-  const Tensor rows = with_unit_columns(x);
-  for (size_t slice = 0; slice < pools.a.size(); ++slice) {
-    const std::vector<SegmentSlot> slots = pools.slots(slice);
-    SegmentForward args;
-    args.shape = {x.size(1), 0, v.size(2), to_dtype(x.scalar_type())};
-    args.plan = plan;
-    args.slots = slots.data();
-    args.x = matrix(rows);
-    args.v = v.select(0, static_cast<int64_t>(slice)).mutable_data_ptr();
-    throw_unless_ok(segments_shrink_cpu(cpu_context(), args));
-  }
+  for_each_slice(pools, plan, &x, v, nullptr, segments_shrink_cpu);
 }
 
 /// Adds to y, the slices' columns side by side.
@@ -172,18 +207,13 @@ inline void pools_expand(const Pools& pools, const SegmentPlan& plan, const Tens
 #if defined(PYLORA_WITH_CUDA)
   if (!y.is_cpu()) return pools_expand_cuda(pools, plan, v, y);
 #endif
-  int64_t column = 0;
-  for (size_t slice = 0; slice < pools.b.size(); ++slice) {
-    const std::vector<SegmentSlot> slots = pools.slots(slice);
-    SegmentForward args;
-    args.shape = {0, pools.out_features(pools.b[slice]), v.size(2), to_dtype(y.scalar_type())};
-    args.plan = plan;
-    args.slots = slots.data();
-    args.v = v.select(0, static_cast<int64_t>(slice)).mutable_data_ptr();
-    args.y = columns_from(y, column);
-    throw_unless_ok(segments_expand_cpu(cpu_context(), args));
-    column += args.shape.out_features;
-  }
+  for_each_slice(pools, plan, nullptr, v, &y, segments_expand_cpu);
+}
+
+/// Both, with one turn of the threads a slice: a thread expands what it has shrunk.
+inline void pools_forward(const Pools& pools, const SegmentPlan& plan, const Tensor& x, const Tensor& v,
+                          const Tensor& y) {
+  for_each_slice(pools, plan, &x, v, &y, segments_forward_cpu);
 }
 
 struct PoolGradients {
