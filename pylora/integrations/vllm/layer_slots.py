@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pylora.serving.memory import reserve
+
 
 class LayerSlots:
     """The stacked factors of a layer.
 
-    A slot's rank is counted when the slot is first used after something was written to A: from its last row back to
-    the first that is not zero, so that one row is read of an adapter that fills its slot.
+    A slot's rank is counted when the slot is first used after something was written to the factors: from A's last row
+    back to the first that is not zero, so that one row is read of an adapter that fills its slot.
 
     Args:
         a_stacked: of each slice `[num_slots, 1, max_rank, in_features]`; empty where only B is wanted.
@@ -26,12 +28,18 @@ class LayerSlots:
 
     def __init__(self, a_stacked: Sequence[Tensor], b_stacked: Sequence[Tensor]) -> None:
         self._stacked = (*a_stacked, *b_stacked)
+        if not torch.compiler.is_compiling():
+            for each in a_stacked:
+                _move(each, each.shape)
+            for each in b_stacked:
+                _move(each, (*each.shape[:2], each.shape[3], each.shape[2]))
         self.a_pool = [each.squeeze(1) for each in a_stacked]
         self.b_pool = [each.squeeze(1) for each in b_stacked]
         self.out_features = sum(each.shape[1] for each in self.b_pool)
         self._max_rank = self.a_pool[0].shape[1] if self.a_pool else self.b_pool[0].shape[2]
         self._num_slots = self._stacked[0].shape[0]
         self.full_ranks = torch.full((self._num_slots,), self._max_rank, dtype=torch.int32)
+        self._counted = self.a_pool or [pool.transpose(1, 2) for pool in self.b_pool]  # [num_slots, max_rank, width]
         self._scalings: dict[float, Tensor] = {}
         self._ranks = self.full_ranks.clone()
         self._known: set[int] = set()
@@ -59,25 +67,41 @@ class LayerSlots:
         Returns:
             int32 `[num_slots]`, valid until the next call. Where slices differ, the largest of theirs.
         """
-        if torch.compiler.is_compiling() or self.a_pool[0].is_inference():  # inference tensors count no writes
+        if torch.compiler.is_compiling() or self._stacked[0].is_inference():  # inference tensors count no writes
             return self.full_ranks
-        writes = sum([pool._version for pool in self.a_pool])
+        writes = sum([each._version for each in self._counted])
         if writes == self._seen_writes and used is self._seen_slots:
             return self._ranks
         if writes != self._seen_writes:
             self._known.clear()
         for slot in used:
             if slot not in self._known:
-                self._ranks[slot] = max(self._count(pool[slot]) for pool in self.a_pool)
+                self._ranks[slot] = max(self._count(each[slot]) for each in self._counted)
                 self._known.add(slot)
         self._seen_writes, self._seen_slots = writes, used
         return self._ranks
 
-    def _count(self, a: Tensor) -> int:
-        if a[-1].any():
+    def _count(self, factor: Tensor) -> int:
+        """The rank of one slot, of [max_rank, width]."""
+        if factor[-1].any():
             return self._max_rank
-        rows = a.any(1).nonzero()
+        rows = factor.any(1).nonzero()
         return int(rows[-1]) + 1 if len(rows) else 0
+
+
+@torch.inference_mode(False)
+def _move(stacked: Tensor, laid_out: Sequence[int]) -> None:
+    """Give a tensor other memory, in which its last two dimensions may be exchanged; shape and values stay.
+
+    What vLLM writes through the tensor goes there from now on. The kernels read a B of rows [rank, out] 1.7 times as
+    fast as one of rows [out, rank].
+    """
+    if stacked.is_inference() or not stacked.is_contiguous():
+        return
+    memory = reserve(tuple(laid_out), stacked.dtype)
+    moved = memory if memory.shape == stacked.shape else memory.transpose(2, 3)
+    moved.copy_(stacked)
+    stacked.set_(moved)  # type: ignore[call-overload]
 
 
 def _is(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The entry point in `vllm.general_plugins`. Engine, workers and server each call it when they start, some of them twice.
+"""The entry point in `vllm.general_plugins`. Engine, workers and server each call it when they start, some twice.
 
 It exchanges one thing: the name of the class that does LoRA's products on CPUs, which vLLM asks its platform for.
 """
@@ -81,7 +81,9 @@ def misfit(base: Any) -> str | None:
         missing = [name for name in expected if name not in found]
         if missing:
             return f"{base.__name__}.{method} has no argument {missing[0]}"
-        required = {name for name, each in found.items() if each.default is each.empty and each.kind <= each.KEYWORD_ONLY}
+        required = {
+            name for name, each in found.items() if each.default is each.empty and each.kind <= each.KEYWORD_ONLY
+        }
         unknown = sorted(required - {"self", *expected})
         if unknown:
             return f"{base.__name__}.{method} has an argument {unknown[0]} that pylora does not know"

@@ -143,7 +143,7 @@ class LoraProducts:
             y.masked_fill_((slots >= 0)[:, None], 0)
         v = v.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
         layer = self._layer((), b_stacked)
-        bgmv_expand_(y, v, layer.b_pool, layer.full_ranks, layer.scalings(1.0), slots, "out_rank")
+        bgmv_expand_(y, v, layer.b_pool, layer.ranks(self.tokens.used), layer.scalings(1.0), slots, "out_rank")
 
     def full_linear(self, x: Tensor, weight_stacked: Tensor) -> Tensor:
         """x Wᵀ for the tokens whose output is wanted, W `[num_slots, 1, out_features, in_features]` of their slots.

@@ -14,7 +14,9 @@ from pylora.integrations.vllm.products import LoraProducts
 class PyloraPunicaWrapper(LoraProducts, PunicaWrapperBase):
     """vLLM's bookkeeping with pylora's products."""
 
-    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any) -> None:
+    def __init__(
+        self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any
+    ) -> None:
         PunicaWrapperBase.__init__(self, max_num_batched_tokens, max_batches, device)
         LoraProducts.__init__(self, max_num_batched_tokens)
 
