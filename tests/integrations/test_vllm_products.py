@@ -44,7 +44,9 @@ def expected(y: Tensor, x: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...],
     rows = y.double().clone()
     for row, slot in enumerate(slots):
         if slot >= 0:
-            parts = [bs[slot, 0].double() @ (as_[slot, 0].double() @ x[row].double()) for as_, bs in zip(a, b)]
+            parts = [
+                bs[slot, 0].double() @ (as_[slot, 0].double() @ x[row].double()) for as_, bs in zip(a, b, strict=True)
+            ]
             rows[row] += scale * torch.cat(parts)
     return rows
 

@@ -30,6 +30,7 @@ _EXPECTED_METHODS = {
     "apply_lora_full_linear": ("y", "x", "weight_stacked", "bias_stacked", "module_enabled"),
     "_select_full_linear_output": ("y", "adapter_y", "bias_stacked", "module_enabled"),
 }
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _EXPECTED_PROPERTIES = ("token_lora_indices", "sampler_indices")
 
 
@@ -81,9 +82,7 @@ def misfit(base: Any) -> str | None:
         missing = [name for name in expected if name not in found]
         if missing:
             return f"{base.__name__}.{method} has no argument {missing[0]}"
-        required = {
-            name for name, each in found.items() if each.default is each.empty and each.kind <= each.KEYWORD_ONLY
-        }
+        required = {each.name for each in found.values() if each.default is each.empty and each.kind not in _REST}
         unknown = sorted(required - {"self", *expected})
         if unknown:
             return f"{base.__name__}.{method} has an argument {unknown[0]} that pylora does not know"

@@ -42,7 +42,7 @@ class TokenSlots:
         return not self.used and not torch.compiler.is_compiling()
 
     def first(self, num_tokens: int) -> Tensor:
-        """The slots of the first tokens, int32 `[num_tokens]`. An engine may pad a batch: what it adds has no adapter."""
+        """The slots of the first tokens, int32 `[num_tokens]`. What an engine adds to pad a batch has no adapter."""
         if torch.compiler.is_compiling():
             return self.slots[:num_tokens]
         if self._first is None or self._first.shape[0] != num_tokens:
