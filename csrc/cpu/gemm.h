@@ -2,8 +2,9 @@
 // adapter's low-rank one as `rank` more columns of x and w. What the CPU ops use where torch's own product is slow on
 // this CPU (16-bit types without 16-bit instructions, few rows); `gemm_is_better` says where that is.
 //
-// Numerics. Sums are f32, along the depth in blocks of 256 and in order, then along the rank; the bias is added in f32
-// and y rounded once.
+// Numerics. Sums are f32: of a weight as it is stored lane by lane along blocks of at most 640 of depth and rank, the
+// lanes then added in pairs; of a transposed one along blocks of 256 in order, then along the rank. The bias is added in
+// f32 and y rounded once.
 // A row of y depends on that row of x alone and has the same bits for any number of threads and of other rows, except
 // that up to three rows take another path (gemv) than more.
 #pragma once
@@ -33,7 +34,7 @@ struct GemmArgs {
   ConstMatrix w;             // [columns, depth], either stride 1: a weight as it is stored, or transposed
   LowRankTerm low_rank;
   const void* bias = nullptr;  // [columns], or null
-  MutableMatrix y;             // [rows, columns], column stride 1; written, not read
+  MutableMatrix y;             // [rows, columns], column stride 1; what it held is not used
   void* workspace = nullptr;   // gemm_workspace_bytes(args), aligned to 64
 };
 

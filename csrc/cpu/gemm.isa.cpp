@@ -1,6 +1,7 @@
-// gemm: both operands packed to f32 panels, a tile of 6 rows x 2 vectors in registers. gemv: up to 3 rows against 4
-// rows of the weight at a time, the weight read once where it lies.
+// gemm, of a weight that is stored transposed: both operands packed to f32 panels, a tile of 6 rows x 2 vectors in
+// registers. gemv: up to 3 rows against 4 rows of the weight at a time, the weight read once where it lies.
 #include "cpu/gemm_kernels.h"
+#include "cpu/simd/round.h"
 #include "cpu/simd/stage.h"
 
 namespace pylora::PYLORA_ISA {
@@ -102,20 +103,6 @@ using MultiplyTile = void (*)(const float*, const float*, int64_t, float*, int64
 constexpr MultiplyTile kMultiplyTiles[kTileRows] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
                                                     multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
 
-/// y = round(sums + bias); bias may be null.
-template <class T>
-void finish_row(const float* sums, const T* bias, int64_t count, T* y) {
-  int64_t o = 0;
-  for (; o + kLanes<float> <= count; o += kLanes<float>) {
-    const Vec<float> value = load(sums + o);
-    store(y + o, bias ? value + load(bias + o) : value);
-  }
-  if (o < count) {
-    const Vec<float> value = load_partial(sums + o, count - o);
-    store_partial(y + o, bias ? value + load_partial(bias + o, count - o) : value, count - o);
-  }
-}
-
 /// The rows' part of the low-rank term as [depth][rows], scaled.
 void pack_v(const LowRankTerm& term, int64_t first_row, int rows, int64_t k, int64_t depth, float* out) {
   pack_rows(term.v + first_row * term.rank + k, term.rank, rows, depth, out);
@@ -170,8 +157,8 @@ void gemm(int64_t begin, int64_t end, const GemmArgs& args) {
                      });
     }
     for (int64_t m = 0; m < rows; ++m)
-      finish_row(sums + m * stride + begin, bias ? bias + begin : nullptr, end - begin,
-                 row_of<T>(args.y, first + m) + begin);
+      round_row(sums + m * stride + begin, bias ? bias + begin : nullptr, end - begin,
+                row_of<T>(args.y, first + m) + begin);
   }
 }
 
@@ -335,7 +322,7 @@ void gemv_rows(int64_t begin, int64_t end, const GemmArgs& args) {
         gemv_tile<T, F, M, 1>(operands(c), low_rank(c), sums[0] + c);
     }
     for (int m = 0; m < M; ++m)
-      finish_row(sums[m], bias ? bias + block : nullptr, columns, row_of<T>(args.y, m) + block);
+      round_row(sums[m], bias ? bias + block : nullptr, columns, row_of<T>(args.y, m) + block);
   }
 }
 

@@ -103,7 +103,7 @@ int main() {
     CHECK(set_isa(isa_name(isa)).is_ok(), "%s", isa_name(isa));
     for (DType dtype : {DType::f32, DType::bf16})
       for (bool transposed : {false, true})
-        for (int64_t rows : {1, 2, 3, 4, 8, 29, 197})
+        for (int64_t rows : {1, 2, 3, 4, 5, 8, 29, 197})
           for (int64_t columns : {1, 31, 70})
             for (int64_t depth : {0, 1, 40, 300})
               check_product(rows, columns, depth, dtype, transposed);
@@ -111,9 +111,12 @@ int main() {
       for (DType factor_dtype : {DType::f32, dtype})
         for (int64_t rows : {1, 2, 3, 5, 200})
           for (int64_t rank : {1, 16, 23, 300})
-            for (int64_t depth : {0, 40, 2100})
+            for (int64_t depth : {0, 40, 641, 2100})
               check_product(rows, 45, depth, dtype, false, rank, factor_dtype);
     check_product(4, 45, 40, DType::bf16, true, 7, DType::bf16);
+    for (DType dtype : {DType::f32, DType::bf16})
+      for (int64_t depth : {600, 640, 1153})
+        check_product(7, 9, depth, dtype, false, 1500);  // a rank of several blocks
     check_product(2, 300, 4100, DType::f32, false);
     check_product(1, 300, 4100, DType::bf16, false);
   }
