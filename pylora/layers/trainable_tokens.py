@@ -147,6 +147,14 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
             name = self.merged_adapters.pop()
             self._write(name, self.trainable_tokens_original[name])
 
+    def restore_merged(self, names: list[str]) -> None:
+        """Make these the merged adapters, whichever are now."""
+        while self.merged_adapters:
+            self._write(self.merged_adapters[-1], self.trainable_tokens_original[self.merged_adapters.pop()])
+        for name in names:
+            self._write(name, self.trainable_tokens_delta[name].detach())
+            self.merged_adapters.append(name)
+
     @torch.no_grad()
     def _write(self, name: str, rows: torch.Tensor) -> None:
         base: Any = self.base_layer  # in place: a tied weight stays tied

@@ -14,7 +14,7 @@ from torch import nn
 
 from pylora.config import PeftConfig
 from pylora.layers import BaseTunerLayer, tuner_layers, walk
-from pylora.layers.undo import for_good
+from pylora.layers.undo import all_or_nothing, for_good
 from pylora.model import lifecycle
 from pylora.model.alora import alora_offsets_passed
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
@@ -257,14 +257,22 @@ class BaseTuner(nn.Module, ABC):
         self._check_merge_allowed()
         layers = tuner_layers(self.model)
         self._check_merge(layers, safe_merge, adapter_names)
-        for layer in layers:
-            _merge(layer, safe_merge, adapter_names)
+        with all_or_nothing(self.model):
+            for layer in layers:
+                _merge(layer, safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
-        """Take all merged deltas out of the base weights; warns for layers that hold none."""
-        for layer in reversed(list(tuner_layers(self.model))):  # layers may share a weight: the last merge goes first
-            if layer.merged or not getattr(layer, "_tied_layers", None):
-                layer.unmerge()
+        """Take all merged deltas out of the base weights; warns for layers that hold none.
+
+        Raises:
+            ValueError: A base weight has been changed since the merge. Every layer of the model is then as it was.
+        """
+        with all_or_nothing(self.model):
+            for layer in reversed(
+                list(tuner_layers(self.model))
+            ):  # layers may share a weight: the last merge goes first
+                if layer.merged or not getattr(layer, "_tied_layers", None):
+                    layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
