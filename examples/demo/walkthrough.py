@@ -171,7 +171,8 @@ def _check_logits(
     adapted = logits_of(model, row)
     with model.disable_adapter():
         plain = logits_of(model, row)
-    if torch.equal(adapted, plain):
+    # Another kernel multiplies with the base weights beside an adapter: rounding alone makes a difference too.
+    if (adapted - plain).abs().max() <= 1e-4 * plain.abs().max():
         raise DemoError("adapted logits: expected the adapter to change them, got those of the base model")
     reloaded = _logits_in_fresh_process(row, folder, adapter_folder, threads)
     result.reloaded_difference = require_agreement("reloaded", reloaded, adapted, RELOADED_TOLERANCE)

@@ -135,7 +135,8 @@ def test_sdist_is_complete_and_needs_no_torch(tree, tmp_path):
     result = build(tree, "--quiet", "sdist", "--dist-dir", str(tmp_path), **without_torch(tmp_path))
     assert result.returncode == 0, result.stderr
     with tarfile.open(tmp_path / f"pylora-{__version__}.tar.gz") as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+        # Debian 12's Python 3.11.2 has no filters yet.
+        archive.extractall(tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     unpacked = tmp_path / "unpacked" / f"pylora-{__version__}"
     assert source_hash(unpacked) == source_hash(tree) == source_hash(ROOT)
     for name in ("LICENSE", "README.md", "pyproject.toml", "pylora/py.typed", "pylora/_C.pyi"):

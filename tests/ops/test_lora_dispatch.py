@@ -140,8 +140,8 @@ def test_grad_scaler_finds_overflow_and_scales():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_implementation_of_other_devices(dtype, dropout_p):
-    """The ATen calls that serve CUDA, reached with CPU tensors through CUDA's place in the dispatch table."""
-    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    """The ATen calls that serve devices without kernels, reached with CPU tensors through one's place in the table."""
+    other = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     inputs = lora_inputs(11, 40, 24, 5, dtype, torch.float32)
     rng = RNG if dropout_p else None
     factors = (inputs.a, inputs.b, inputs.scaling, dropout_p, rng)
@@ -150,7 +150,7 @@ def test_implementation_of_other_devices(dtype, dropout_p):
         (ops.lora_linear_forward, (inputs.x, inputs.weight, inputs.bias)),
         (ops.lora_add_forward, (inputs.dy, inputs.x)),
     ]:
-        y, v = op.default.redispatch(cuda, *leading, *factors)
+        y, v = op.default.redispatch(other, *leading, *factors)
         y_kernel, v_kernel = op.default(*leading, *factors)
         assert (y.dtype, v.dtype) == (y_kernel.dtype, v_kernel.dtype)
         assert_near(y, y_kernel.double(), 40)
@@ -163,7 +163,7 @@ def test_implementation_of_other_devices(dtype, dropout_p):
         (ops.lora_add_backward, (inputs.dy, inputs.x), [True, True, True]),
         (ops.lora_add_backward, (inputs.dy, inputs.x), [False, True, False]),
     ]:
-        grads = op.default.redispatch(cuda, *leading, *backward, needs)
+        grads = op.default.redispatch(other, *leading, *backward, needs)
         for grad, grad_kernel in zip(grads, op.default(*leading, *backward, needs), strict=True):
             assert grad.dtype == grad_kernel.dtype
             assert_near(grad, grad_kernel.double(), 40)
