@@ -6,19 +6,18 @@ load an adapter of 224 small tensors.
 
 from __future__ import annotations
 
-import json
 import mmap
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pylora.checkpoint.safetensors_header import MAX_BYTES, parse_header
+
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_HEADER = 100_000_000
-"""The format's own limit, in bytes."""
 
 
 class MappedFileError(ValueError):
@@ -45,7 +44,7 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
             raise MappedFileError(f"broken weights: {error}") from None
     size = int.from_bytes(mapped[:8], "little")
     start = 8 + size
-    if size > _MAX_HEADER or start > len(mapped):
+    if size > MAX_BYTES or start > len(mapped):
         raise MappedFileError(f"broken weights: a header of {size} bytes in a file of {len(mapped)}")
     places, data_size = _layout(mapped[8:start])
     if start + data_size != len(mapped):
@@ -68,9 +67,9 @@ class _Place(NamedTuple):
 def _layout(header: bytes) -> tuple[list[_Place], int]:
     """The tensors' places, checked, and the bytes of all data. Adapters of one kind have one header, read once."""
     try:
-        entries = {key: _entry(value) for key, value in json.loads(header).items() if key != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise MappedFileError(f"broken weights: no header of a .safetensors file: {error!r}") from None
+        entries, _ = parse_header(header)
+    except ValueError as error:
+        raise MappedFileError(f"broken weights: no header of a .safetensors file: {error}") from None
     places = [_place(key, *entry) for key, entry in entries.items()]
     size = 0
     for begin, end in sorted((begin, end) for *_, begin, end in entries.values()):
@@ -92,18 +91,7 @@ def _over(mapped: mmap.mmap, start: int, dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(mapped, dtype=dtype, offset=start, count=count)
 
 
-def _entry(value: Any) -> tuple[str, list[int], int, int]:
-    shape, (begin, end) = value["shape"], value["data_offsets"]
-    for number in (*shape, begin, end):
-        if type(number) is not int or number < 0:
-            raise ValueError(f"expected a size from 0 on, got {number!r}")
-    dtype = value["dtype"]
-    if type(dtype) is not str:
-        raise TypeError(f"expected the name of a dtype, got {dtype!r}")
-    return dtype, shape, begin, end
-
-
-def _place(key: str, dtype_name: str, shape: list[int], begin: int, end: int) -> _Place:
+def _place(key: str, dtype_name: str, shape: tuple[int, ...], begin: int, end: int) -> _Place:
     dtype = _DTYPES.get(dtype_name)
     if dtype is None:
         raise MappedFileError(f"{key}: expected one of the dtypes {', '.join(_DTYPES)}, got {dtype_name}")
@@ -115,4 +103,4 @@ def _place(key: str, dtype_name: str, shape: list[int], begin: int, end: int) ->
         raise MappedFileError(f"broken weights: {key}: expected {count * dtype.itemsize} bytes, got {end - begin}")
     if begin % dtype.itemsize:
         raise MappedFileError(f"broken weights: {key}: data of {dtype_name} at byte {begin} of the data")
-    return _Place(key, dtype, tuple(shape), tuple(strides), begin // dtype.itemsize)
+    return _Place(key, dtype, shape, tuple(strides), begin // dtype.itemsize)

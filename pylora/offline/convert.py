@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from pylora.config.base import CONFIG_NAME
 from pylora.config.files import replacing
 from pylora.errors import UnsupportedFeatureError
 from pylora.offline.adapter import read_adapter, write_adapter
@@ -14,7 +15,6 @@ from pylora.offline.folders import check_output, new_folder
 from pylora.offline.layouts import LAYOUTS, Components, Hints, Source, find_layout
 from pylora.offline.layouts.peft import config_for
 
-CONFIG = "adapter_config.json"
 PEFT = "peft"
 
 
@@ -94,12 +94,12 @@ def read_file(path: Path) -> Source:
 
 
 def _read_folders(path: Path) -> Components:
-    if (path / CONFIG).is_file():
+    if (path / CONFIG_NAME).is_file():
         folders = {"": path}
     else:
-        folders = {each.name: each for each in sorted(path.iterdir()) if (each / CONFIG).is_file()}
+        folders = {each.name: each for each in sorted(path.iterdir()) if (each / CONFIG_NAME).is_file()}
     if not folders:
-        raise OfflineError(f"{path}: expected {CONFIG} in it or in its folders, found none")
+        raise OfflineError(f"{path}: expected {CONFIG_NAME} in it or in its folders, found none")
     components: Components = {}
     for name, folder in folders.items():
         adapter = read_adapter(folder)

@@ -11,15 +11,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from pylora.checkpoint.safetensors_header import MAX_BYTES, Entry, parse_header
 from pylora.offline.errors import OfflineError
 
 if TYPE_CHECKING:
     import torch
 
-_MAX_HEADER = 100_000_000
-"""The format's own limit, in bytes."""
 _CHUNK = 4 << 20
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
@@ -41,21 +40,6 @@ def torch_dtype(name: str) -> torch.dtype | None:
 def dtype_name(dtype: torch.dtype) -> str:
     """How the format calls float64, float32, float16 or bfloat16."""
     return {f"torch.{long}": short for short, long in _FLOATS.items()}[str(dtype)]
-
-
-class Entry(NamedTuple):
-    """One tensor of a file.
-
-    Attributes:
-        dtype: As the format calls it.
-        shape: Its sizes.
-        begin, end: Its bytes within the data.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class TensorFile:
@@ -85,13 +69,13 @@ class TensorFile:
     def _header(self) -> tuple[int, dict[str, Entry], dict[str, str]]:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
+        if size < 8 or length > min(MAX_BYTES, size - 8):
             raise OfflineError(f"{self.path}: expected a .safetensors file, got {size} bytes without its header")
         try:
-            header = json.loads(self._file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = {name: _entry(value) for name, value in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            entries, metadata = parse_header(self._file.read(length))
+            for entry in entries.values():
+                _check_size(entry)
+        except ValueError as error:
             raise OfflineError(f"{self.path}: expected a .safetensors file, got a broken header: {error}") from None
         entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
         place = 0
@@ -147,14 +131,10 @@ class TensorFile:
         self.close()
 
 
-def _entry(value: Any) -> Entry:
-    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    for number in (*shape, begin, end):
-        if type(number) is not int or number < 0:
-            raise ValueError(f"expected a size from 0 on, got {number!r}")
-    if dtype in _BITS and (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
-        raise ValueError(f"expected {math.prod(shape) * _BITS[dtype] // 8} bytes of {dtype}, got {end - begin}")
-    return Entry(dtype, shape, begin, end)
+def _check_size(entry: Entry) -> None:
+    expected = math.prod(entry.shape) * _BITS.get(entry.dtype, 0)
+    if entry.dtype in _BITS and (entry.end - entry.begin) * 8 != expected:
+        raise ValueError(f"expected {expected // 8} bytes of {entry.dtype}, got {entry.end - entry.begin}")
 
 
 class TensorFileWriter:

@@ -13,7 +13,7 @@ from pylora.checkpoint.files import find_weights
 from pylora.checkpoint.keys import MODEL_PREFIX
 from pylora.checkpoint.mapped_file import map_safetensors
 from pylora.config import PeftConfig, pattern_value, require_supported, scaling_for
-from pylora.config.support import as_trained
+from pylora.config.support import as_trained, belongs_to_changed_base
 from pylora.errors import UnsupportedFeatureError
 from pylora.serving.errors import AdapterFileError, AdapterMismatchError
 from pylora.serving.spec import LayerShape
@@ -33,8 +33,6 @@ _NO_PLACE = {
     "target_parameters": "a slot holds adapters of dense layers",
     "layer_replication": "the base model has other layers than the adapter",
 }
-# Schemes whose adapters belong to a base weight from which they have taken something.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 class LayerFactors(NamedTuple):
@@ -102,11 +100,10 @@ def require_servable(config: Any) -> None:
         raise UnsupportedFeatureError(
             f"bias={config.bias!r}: an adapter pool cannot serve this: a slot holds no biases"
         )
-    scheme = getattr(config, "init_lora_weights", True)
-    if isinstance(scheme, str) and scheme.startswith(_CHANGES_BASE):
+    if belongs_to_changed_base(config):
         raise UnsupportedFeatureError(
-            f"init_lora_weights={scheme!r}: an adapter pool cannot serve this: the adapter changes the base weight. "
-            "Save it with `path_initial_model_for_weight_conversion`"
+            f"init_lora_weights={config.init_lora_weights!r}: an adapter pool cannot serve this: the adapter changes "
+            "the base weight. Save it with `path_initial_model_for_weight_conversion`"
         )
 
 

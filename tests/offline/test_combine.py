@@ -127,3 +127,10 @@ class TestRefused:
         assert result.exit_code == 2
         assert "one model" in result.output
         assert not (tmp_path / "out").exists()
+
+
+def test_every_kind_has_its_name_on_the_command_line():
+    from pylora.cli.commands.combine import Kind
+    from pylora.combine import COMBINATIONS
+
+    assert {kind.value for kind in Kind} == COMBINATIONS

@@ -270,3 +270,10 @@ class TestRefused:
         out = tmp_path / "out.pt"
         args = ("convert", tmp_path / "mixed", out, "--to", "torchtune", "--base", tmp_path / "base")
         self.expect(cli(*args), "one rank", out=out)
+
+
+def test_every_layout_has_its_name_on_the_command_line():
+    from pylora.cli.commands.convert import Name
+    from pylora.offline.layouts import LAYOUTS
+
+    assert {name.value for name in Name} == {"peft", *LAYOUTS}

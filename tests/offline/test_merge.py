@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -297,19 +296,14 @@ def test_killed_at_random_moments(make, tmp_path):
         "    os.kill(child, int(number))\n"
         "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
     )
-    start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        input=f"30 0 {tmp_path / 'probe'}\n".replace("30", "0"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    nobody = f"0 0 {tmp_path / 'probe'}\n"  # signal 0 is none
+    result = subprocess.run([sys.executable, "-c", script], input=nobody, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     whole = digest(tmp_path / "probe")
     rng, tries, outcomes = random.Random(5), 24, {"whole": 0, "absent": 0}
     numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-    lines = [f"{rng.uniform(0.0, 0.35):.4f} {int(numbers[i % 3])} {tmp_path / f'out{i}'}" for i in range(tries)]
+    moments = [0.0, 0.0, 0.0, *(rng.uniform(0.0, 0.35) for _ in range(tries - 3))]
+    lines = [f"{moments[i]:.4f} {int(numbers[i % 3])} {tmp_path / f'out{i}'}" for i in range(tries)]
     result = subprocess.run(
         [sys.executable, "-c", script], input="\n".join(lines), capture_output=True, text=True, check=False
     )
@@ -321,7 +315,7 @@ def test_killed_at_random_moments(make, tmp_path):
             assert digest(out) == whole
         elif numbers[i % 3] == signal.SIGINT:
             assert list(tmp_path.glob(f".out{i}.*")) == []
-    assert outcomes["absent"] > 0, f"nothing was interrupted in {time.perf_counter() - start:.1f} s"
+    assert outcomes["absent"] > 0
     assert digest(made.base) | digest(made.adapter) == before
 
 

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from pylora.config import pattern_value, scaling_for
 from pylora.offline.errors import OfflineError
-from pylora.offline.layouts.layout import Components, Hints, Layout, Source, layer_from, named_components, pairs
+from pylora.offline.layouts.layout import (
+    Components,
+    Hints,
+    Layout,
+    Source,
+    layer_from,
+    named_components,
+    pairs,
+    require_pipeline_layer,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,8 +112,7 @@ def _write(components: Components, hints: Hints) -> tuple[dict[str, Tensor], dic
         if component not in _COMPONENTS:
             raise OfflineError(f"--to diffusers: expected a component of {', '.join(_COMPONENTS)}, got {component!r}")
         for name, layer in layers.items():
-            if layer.kind == "embedding" or layer.bias is not None:
-                raise OfflineError(f"--to diffusers: {name}: expected dense layers and convolutions without lora_bias")
+            require_pipeline_layer(layer, name, "diffusers")
             stem = f"{component}.{name}"
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = layer.a, layer.b
             if layer.magnitude is not None:

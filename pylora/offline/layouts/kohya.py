@@ -14,7 +14,16 @@ import re
 from typing import TYPE_CHECKING
 
 from pylora.offline.errors import OfflineError
-from pylora.offline.layouts.layout import Components, Hints, Layout, Source, layer_from, named_components, pairs
+from pylora.offline.layouts.layout import (
+    Components,
+    Hints,
+    Layout,
+    Source,
+    layer_from,
+    named_components,
+    pairs,
+    require_pipeline_layer,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,8 +130,7 @@ def _write(components: Components, hints: Hints) -> tuple[dict[str, Tensor], dic
         if component not in prefixes:
             raise OfflineError(f"--to kohya: expected a component of {', '.join(prefixes)}, got {component!r}")
         for name, layer in layers.items():
-            if layer.kind == "embedding" or layer.bias is not None:
-                raise OfflineError(f"--to kohya: {name}: expected dense layers and convolutions without lora_bias")
+            require_pipeline_layer(layer, name, "kohya")
             stem = f"{prefixes[component]}_{name.replace('.', '_')}"
             tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = layer.a, layer.b
             tensors[f"{stem}.alpha"] = torch.tensor(layer.scaling * layer.rank, dtype=layer.a.dtype)

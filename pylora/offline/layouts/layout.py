@@ -125,3 +125,13 @@ def named_components(components: Components, hints: Hints, layout: str) -> Compo
     if not hints.component:
         raise OfflineError(f"--to {layout}: expected --component (unet, transformer, text_encoder): what is it for?")
     return {hints.component: components[""]}
+
+
+def require_pipeline_layer(layer: LayerWeights, name: str, layout: str) -> None:
+    """Check that a pipeline's layout has a place for the layer.
+
+    Raises:
+        OfflineError: it is an embedding, or has a bias.
+    """
+    if layer.kind == "embedding" or layer.bias is not None:
+        raise OfflineError(f"--to {layout}: {name}: expected dense layers and convolutions without lora_bias")
