@@ -1,6 +1,7 @@
 # Every target starts from a fresh clone: it makes .venv, installs the pinned packages and builds what it needs first.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 # Set on the command line: PYTEST="tests/ops -k dropout", DEMO="--help", BENCH="...".
 PYTEST ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO ?=
@@ -21,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install build test ctest pytest sanitize test-arm lint format demo docs bench cuda cuda-all emulate emulate-full wheel \
-  sdist doctor clean distclean
+  sdist test-vllm doctor clean distclean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -115,6 +116,21 @@ emulate: $(VENV)/.built  ## Run the CUDA kernels and their launchers on the CPU,
 	$(BIN)/cmake --build build/emulate --target _emulated
 	PYLORA_EMULATED=build/emulate OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emu $(wildcard tests/cuda) $(PYTEST)
 
+# The entry point is found by an installed package alone, so that the tree is installed there as users do it, and out of
+# Python's path. vLLM imports what is there of torchvision and its like, which pip chose for another torch.
+$(VLLM_VENV)/.installed: requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM_VENV)/.built: $(NATIVE_INPUTS) $(shell find pylora -name '*.py') $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.built  ## Serve 64 adapters by vLLM's HTTP server with the plugin, in a venv of its own; not a part of CI.
+	env -u PYTHONPATH $(VLLM_VENV)/bin/pytest tests/vllm $(VLLM_PYTEST)
+
 # Python itself is not instrumented: the sanitizer's runtime is loaded before it, and leaks are not looked for. TSan
 # counts the findings in its exit status, which workers of pytest would keep to themselves. TSAN_PYTEST picks its tests:
 # one order of threads, since it finds races in every one.
@@ -149,4 +165,4 @@ clean:  ## Remove what was built; .venv and the demo's downloads stay.
 	rm -rf build dist pylora/_C.*.so *.egg-info $(VENV)/.built
 
 distclean: clean  ## Remove .venv as well.
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM_VENV)

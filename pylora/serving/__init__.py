@@ -1,6 +1,7 @@
 """Serving many adapters on one base model: a pool of slots, and a runtime that mixes adapters in a batch."""
 
 from pylora.serving.attach import AttachedPool
+from pylora.serving.continuous import ContinuousRuntime
 from pylora.serving.errors import (
     AdapterFileError,
     AdapterInUseError,
@@ -11,7 +12,8 @@ from pylora.serving.errors import (
 )
 from pylora.serving.metrics import LoadTimes, PoolStats
 from pylora.serving.pool import BASE, AdapterPool
-from pylora.serving.runtime import Answer, Request, ServingRuntime, Token
+from pylora.serving.requests import Answer, Request, Token
+from pylora.serving.runtime import ServingRuntime
 from pylora.serving.spec import LayerShape, PoolSpec
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "AdapterPool",
     "Answer",
     "AttachedPool",
+    "ContinuousRuntime",
     "LayerShape",
     "LoadTimes",
     "NoFreeSlotError",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pylora.serving.errors import AdapterMismatchError
-from pylora.serving.plan import RowPlan
+from pylora.serving.plan import PackedPlan, RowPlan
 from pylora.serving.pool import AdapterPool
 from pylora.serving.spec import shape_of
 from pylora.serving.stacks import LayerStack
@@ -20,8 +20,8 @@ from pylora.serving.stacks import LayerStack
 class AttachedPool:
     """A model whose forward adds, for each row of the batch, the adapter that its request asked for.
 
-    Outside `rows` the model computes as before. Module names, parameters and state dict are never changed. Each thread
-    has a batch of its own.
+    Outside `rows` and `packed` the model computes as before. Module names, parameters and state dict are never changed.
+    Each thread has a batch of its own.
 
     Args:
         model: the base model.
@@ -34,7 +34,7 @@ class AttachedPool:
     def __init__(self, model: nn.Module, pool: AdapterPool) -> None:
         self.model = model
         self.pool = pool
-        self._plan: ContextVar[RowPlan | None] = ContextVar("pylora_row_plan", default=None)
+        self._plan: ContextVar[RowPlan | PackedPlan | None] = ContextVar("pylora_row_plan", default=None)
         modules = dict(model.named_modules())
         for name, shape in pool.spec.layers.items():
             found = shape_of(modules.get(name))
@@ -64,10 +64,31 @@ class AttachedPool:
         Raises:
             ValueError: a slot that the pool does not have.
         """
+        self._check(slots)
+        with self._using(RowPlan(slots)):
+            yield
+
+    @contextmanager
+    def packed(self, slots: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
+        """Inside, every batch is one row of tokens: `lengths[i]` of them, side by side, use `slots[i]`.
+
+        Who calls it holds the slots until it is over.
+
+        Raises:
+            ValueError: a slot that the pool does not have.
+        """
+        self._check(slots)
+        with self._using(PackedPlan(slots, lengths)):
+            yield
+
+    def _check(self, slots: Sequence[int]) -> None:
         for slot in slots:
             if not -1 <= slot < self.pool.num_slots:
                 raise ValueError(f"rows: slots: expected slots from -1 to {self.pool.num_slots - 1}, got {slot}")
-        token = self._plan.set(RowPlan(slots))
+
+    @contextmanager
+    def _using(self, plan: RowPlan | PackedPlan) -> Iterator[None]:
+        token = self._plan.set(plan)
         try:
             yield
         finally:

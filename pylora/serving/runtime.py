@@ -5,8 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,53 +13,7 @@ from torch import Tensor, nn
 from pylora.errors import PeftError
 from pylora.serving.attach import AttachedPool
 from pylora.serving.pool import AdapterPool
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one user wants.
-
-    Attributes:
-        prompt: token ids, at least one.
-        adapter: name in the pool; None or "__base__" for the base model.
-        max_new_tokens: when to stop, at the latest.
-    """
-
-    prompt: Sequence[int]
-    adapter: str | None = None
-    max_new_tokens: int = 16
-
-
-class Token(NamedTuple):
-    """One event of a stream: a new token of a request, or its end.
-
-    Attributes:
-        request: index in the batch.
-        token: its id; None where the request has ended.
-        error: what ended it, None where it ended well.
-    """
-
-    request: int
-    token: int | None
-    error: Exception | None = None
-
-
-@dataclass
-class Answer:
-    """What one request got.
-
-    Attributes:
-        tokens: new token ids, with the one that ends the text if it came.
-        error: why there is no answer, or only a part of one.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    error: Exception | None = None
-
-    @property
-    def is_ok(self) -> bool:
-        """Whether nothing went wrong."""
-        return self.error is None
+from pylora.serving.requests import Answer, Request, Token, check_request, collect
 
 
 class ServingRuntime:
@@ -93,16 +46,9 @@ class ServingRuntime:
             an answer for each request. One whose adapter cannot be had, or whose prompt is empty, has an error; the
             others are served. An error of the model itself is the error of all that ran.
         """
-        answers = [Answer() for _ in requests]
-
-        def keep(event: Token) -> None:
-            if event.token is not None:
-                answers[event.request].tokens.append(event.token)
-            else:
-                answers[event.request].error = event.error
-
-        self._run(requests, keep, threading.Event(), generate_options)
-        return answers
+        events: list[Token] = []
+        self._run(requests, events.append, threading.Event(), generate_options)
+        return collect(events)
 
     def stream(self, requests: Sequence[Request], **generate_options: Any) -> Iterator[Token]:
         """Answer a batch token by token, as soon as each is there. Arguments and errors are `serve`'s.
@@ -149,7 +95,7 @@ class ServingRuntime:
         try:
             for index, request in enumerate(requests):
                 try:
-                    _check(request)
+                    check_request(request)
                     slots += self.pool.acquire([request.adapter])
                     rows.append(index)
                 except (PeftError, ValueError, TypeError) as error:
@@ -229,13 +175,6 @@ class _Follower:
             if left:
                 self._left[place] = 0
                 self._emit(Token(self._rows[place], None, error))
-
-
-def _check(request: Request) -> None:
-    if len(request.prompt) == 0:
-        raise ValueError("request: prompt: expected at least one token, got none")
-    if request.max_new_tokens < 1:
-        raise ValueError(f"request: max_new_tokens: expected at least 1, got {request.max_new_tokens}")
 
 
 def _left_padded(model: nn.Module, requests: list[Request]) -> tuple[Tensor, Tensor]:
