@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from pylora import LoraConfig
 from pylora.serving import (
+    AdapterFileError,
     AdapterInUseError,
     AdapterPool,
     AttachedPool,
@@ -116,74 +118,129 @@ def errors() -> Iterator[list[BaseException]]:
         raise caught[0]
 
 
+class Versions:
+    """What the adapters' names stand for, as the threads of the test change it.
+
+    A version's number goes into its seed, so that no two versions and no two adapters give the same output. A call that
+    began before another ended may have come before or after it, so that what a request may get is a span of versions.
+    """
+
+    def __init__(self, pool: AdapterPool, folder: Path, count: int) -> None:
+        self._pool, self._folder, self.count = pool, folder, count
+        self._begun, self._done = [0] * count, [0] * count
+        self._locks = [threading.Lock() for _ in range(count)]
+        for i in range(count):
+            pool.register(f"a{i}", self._write(i, 0))
+
+    def seed(self, i: int, version: int) -> int:
+        return i + self.count * version
+
+    def done(self, i: int) -> int:
+        """The oldest version that a request from now on may get."""
+        return self._done[i]
+
+    def begun(self, i: int) -> int:
+        """The newest version that a request until now may have got."""
+        return self._begun[i]
+
+    def _write(self, i: int, version: int) -> Path:
+        return write_adapter(self._folder / f"a{i}" / str(version), self.seed(i, version))
+
+    def replace(self, i: int) -> None:
+        """Make a new version and delete the old one's files; without a free slot the old one stays."""
+        with self._locks[i]:
+            version = self._begun[i] + 1
+            folder = self._write(i, version)
+            self._begun[i] = version
+            try:
+                self._pool.replace(f"a{i}", folder)
+            except NoFreeSlotError:
+                self._begun[i] -= 1  # nobody can have got it
+                raise
+            self._done[i] = version
+            shutil.rmtree(self._folder / f"a{i}" / str(version - 1))
+
+    def replace_by_nothing(self, i: int) -> None:
+        """A replacement that fails in the middle: the version stays what it was."""
+        with pytest.raises((AdapterFileError, NoFreeSlotError)):
+            self._pool.replace(f"a{i}", self._folder / "nothing")
+
+
+class Users:
+    """Threads that serve. Counts are per thread, so that no lock of the test orders what the pool does."""
+
+    def __init__(self, pool: AdapterPool, versions: Versions, count: int) -> None:
+        self.served, self.refused = [0] * count, [0] * count
+        self.spans = 0  # how often more than one version was allowed
+        self._pool, self._versions, self._model = pool, versions, Model()
+        self._attached = AttachedPool(self._model, pool)
+
+    def serve(self, which: int, rng: random.Random) -> None:
+        """A batch of two adapters and a base row, computed twice while its slots are held."""
+        chosen = rng.choices(range(self._versions.count), k=2)
+        oldest = [self._versions.done(i) for i in chosen]
+        try:
+            slots = self._pool.acquire([*(f"a{i}" for i in chosen), None])
+        except NoFreeSlotError:
+            self.refused[which] += 1
+            return
+        newest = [self._versions.begun(i) for i in chosen]
+        x = torch.randn(3, WIDTH)
+        with torch.inference_mode(), self._attached.rows(slots):
+            first = self._model(x)
+            time.sleep(0.0005)  # a replacement or an eviction may come here
+            assert torch.equal(self._model(x), first), "a slot in use has changed"
+        self._pool.release(slots)
+        assert not first[2].any(), "a base row has an adapter's output"
+        for row, i in enumerate(chosen):
+            span = range(oldest[row], newest[row] + 1)
+            self.spans += len(span) > 1
+            rights = [expected(self._versions.seed(i, version), x[row]) for version in span]
+            assert any(torch.allclose(first[row], right, atol=1e-4) for right in rights), (
+                f"a row of a{i} has none of the versions {list(span)}"
+            )
+        self.served[which] += 1
+
+
 def test_threads_that_serve_load_evict_replace_and_prefetch(
     tmp_path: Path, seconds: float, errors: list[BaseException]
 ) -> None:
-    """No slot changes while it is held, and no row gets another adapter's output.
-
-    Adapter i has versions with the seeds i and i + 100, and either is taken for right: which of them was current is not
-    followed here. test_replace_keeps_the_old_version_for_requests_in_flight in test_pool.py does that for one thread.
-    """
-    names, num_slots = list(range(12)), 5
-    folders = {seed: write_adapter(tmp_path / str(seed), seed) for i in names for seed in (i, i + 100)}
+    """Every row has the version that its name stood for when its slot was acquired, and keeps it while it is held."""
+    num_slots, num_users = 5, 3
     pool = AdapterPool(SPEC, num_slots, RANK)
-    for i in names:
-        pool.register(f"a{i}", folders[i])
-    model = Model()
-    attached = AttachedPool(model, pool)
+    versions = Versions(pool, tmp_path, 12)
+    users = Users(pool, versions, num_users)
     end = time.monotonic() + seconds
-    served, busy = [0] * 3, [0]
+    refused = [0] * 2
 
-    def guarded(work: Callable[[random.Random], None], seed: int) -> threading.Thread:
+    def change(which: int, rng: random.Random) -> None:
+        i = rng.randrange(versions.count)
+        changes: list[Callable[[], object]] = [
+            lambda: pool.evict(f"a{i}"),
+            lambda: pool.load(f"a{i}"),
+            lambda: versions.replace(i),
+            lambda: versions.replace_by_nothing(i),
+            lambda: [future.exception() for future in pool.prefetch([f"a{i}", "unknown"])],
+            lambda: (pool.pin(f"a{i}"), pool.unpin(f"a{i}")),
+            lambda: pool.stats().prometheus(),
+        ]
+        try:
+            rng.choice(changes)()
+        except (AdapterInUseError, NoFreeSlotError):
+            refused[which] += 1
+
+    def guarded(work: Callable[[int, random.Random], None], which: int) -> threading.Thread:
         def run() -> None:
-            rng = random.Random(seed)
+            rng = random.Random(f"{work.__name__} {which}")
             try:
                 while time.monotonic() < end and not errors:
-                    work(rng)
+                    work(which, rng)
             except BaseException as error:
                 errors.append(error)
 
         return threading.Thread(target=run)
 
-    def serve(which: int) -> Callable[[random.Random], None]:
-        def work(rng: random.Random) -> None:
-            chosen = rng.choices(names, k=2)
-            try:
-                slots = pool.acquire([f"a{i}" for i in chosen])
-            except NoFreeSlotError:
-                busy[0] += 1
-                return
-            x = torch.randn(2, WIDTH)
-            with torch.inference_mode(), attached.rows(slots):
-                first = model(x)
-                time.sleep(0.0005)  # a replacement or an eviction may come here
-                assert torch.equal(model(x), first), "a slot in use has changed"
-            pool.release(slots)
-            for row, i in enumerate(chosen):
-                assert any(torch.allclose(first[row], expected(seed, x[row]), atol=1e-4) for seed in (i, i + 100)), (
-                    f"a row of a{i} has another adapter's output"
-                )
-            served[which] += 1
-
-        return work
-
-    def change(rng: random.Random) -> None:
-        i = rng.choice(names)
-        try:
-            rng.choice(
-                (
-                    lambda: pool.evict(f"a{i}"),
-                    lambda: pool.load(f"a{i}"),
-                    lambda: pool.replace(f"a{i}", folders[i + rng.choice((0, 100))]),
-                    lambda: [future.exception() for future in pool.prefetch([f"a{i}", "unknown"])],
-                    lambda: (pool.pin(f"a{i}"), pool.unpin(f"a{i}")),
-                    lambda: pool.stats().prometheus(),
-                )
-            )()
-        except (AdapterInUseError, NoFreeSlotError):
-            busy[0] += 1
-
-    threads = [guarded(serve(which), which) for which in range(3)] + [guarded(change, 10 + k) for k in range(2)]
+    threads = [guarded(users.serve, which) for which in range(num_users)] + [guarded(change, k) for k in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -193,10 +250,11 @@ def test_threads_that_serve_load_evict_replace_and_prefetch(
     if errors:
         return
     stats = pool.stats()
-    assert min(served) > 5
-    assert stats.in_use == stats.pinned == stats.failed_loads == 0
-    assert stats.registered == len(names)
-    slots = pool.acquire([f"a{i}" for i in names[:num_slots]])  # every slot can still be had
+    assert min(users.served) > 5
+    assert sum(versions.done(i) for i in range(versions.count)) > 5
+    assert stats.in_use == stats.pinned == 0
+    assert stats.registered == versions.count
+    slots = pool.acquire([f"a{i}" for i in range(num_slots)])  # every slot can still be had
     assert sorted(slots) == list(range(num_slots))
     with pytest.raises(UnknownAdapterError):
         pool.load("unknown")

@@ -211,8 +211,8 @@ BAD = {
     "rank above the server's": (lambda f: edit_config(f, r=32), "rank"),
     "DoRA": (lambda f: edit_config(f, use_dora=True), "DoRA"),
     "layers the model lacks": (lambda f: edit_weights(f, lambda k, t: (k.replace("q_proj", "z_proj"), t)), "z_proj"),
-    "factors of another width": (
-        lambda f: edit_weights(f, lambda k, t: (k, t[:, :100].contiguous() if "lora_A" in k else t)),
+    "factors of a wider model": (
+        lambda f: edit_weights(f, lambda k, t: (k, torch.cat((t, t), 1) if "lora_A" in k else t)),
         "",
     ),
 }

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @command("bench")
 def bench(
     ops: Annotated[
-        list[str] | None, typer.Argument(metavar="[OPS]...", help="Benchmarks, or the groups ops, model, memory.")
+        list[str] | None,
+        typer.Argument(metavar="[OPS]...", help="Benchmarks, or the groups ops, model, memory, serving."),
     ] = None,
     listing: Annotated[bool, typer.Option("--list", help="List the cases, measure nothing.")] = False,
     rows: Annotated[str, typer.Option(metavar="N,...", help="Only cases of these numbers of rows (tokens).")] = "",
