@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tests of threading raise it themselves
@@ -52,3 +54,19 @@ def reproducible() -> Iterator[None]:
 def generator() -> torch.Generator:
     """A generator of the test's own, seeded."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def truncating(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """`truncating(path, size)`: the file shrinks to `size` bytes once its header has been read."""
+    read = os.preadv
+
+    def arrange(path: Path, size: int) -> None:
+        def shrinking(*args: Any) -> int:
+            if path.stat().st_size > size:
+                os.truncate(path, size)
+            return read(*args)
+
+        monkeypatch.setattr(os, "preadv", shrinking)
+
+    return arrange

@@ -43,48 +43,24 @@ def load_peft_weights(
         pickle.UnpicklingError: a .bin file that is corrupt or holds anything but tensors (it is never unpickled
             beyond those: `weights_only=True`). Truncated ones raise RuntimeError or EOFError.
     """
-    return _load(model_id, device, key_mapping, False, hf_hub_download_kwargs)
-
-
-def view_peft_weights(
-    model_id: StrPath,
-    device: str | torch.device | None = None,
-    key_mapping: Mapping[str, str] | None = None,
-    **hf_hub_download_kwargs: Any,
-) -> dict[str, Tensor]:
-    """As `load_peft_weights`, for tensors that are only copied from: on the CPU they are views of the file's pages."""
-    return _load(model_id, device, key_mapping, True, hf_hub_download_kwargs)
-
-
-def _load(
-    model_id: StrPath,
-    device: str | torch.device | None,
-    key_mapping: Mapping[str, str] | None,
-    as_views: bool,
-    hub: dict[str, Any],
-) -> dict[str, Tensor]:
-    path = find_weights(model_id, **hub)
-    device = "cpu" if device is None else device
+    path = find_weights(model_id, **hf_hub_download_kwargs)
     read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    if as_views and read is _read_safetensors and str(device) == "cpu":
-        read = _view_safetensors
-    return rename_keys(read(path, device), key_mapping)
-
-
-def _view_safetensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
-    from pylora.checkpoint.mapped_file import MappedFileError, map_safetensors
-
-    try:
-        return map_safetensors(path)
-    except MappedFileError:  # what is wrong safetensors says too, and it knows more dtypes
-        return _read_safetensors(path, device)
+    return rename_keys(read(path, "cpu" if device is None else device), key_mapping)
 
 
 def _read_safetensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+    from pylora.checkpoint.safetensors_file import read_safetensors
+    from pylora.checkpoint.safetensors_header import BrokenFileError
 
-    # safetensors cannot place tensors on Metal itself.
-    return load_file(path, device="cpu" if str(device).startswith("mps") else str(device))
+    try:
+        tensors = read_safetensors(path)
+    except BrokenFileError as error:
+        from safetensors import SafetensorError
+
+        raise SafetensorError(f"{os.fspath(path)!r}: {error}") from None
+    if str(device) == "cpu":
+        return tensors
+    return {key: tensor.to(device) for key, tensor in tensors.items()}
 
 
 def _read_pickle(path: Path, device: str | torch.device) -> dict[str, Tensor]:
@@ -150,8 +126,13 @@ class LoadPlan:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, torch.Size, torch.Size]] = field(default_factory=list)
 
-    def apply(self, low_cpu_mem_usage: bool = False) -> _IncompatibleKeys:
+    def apply(self, low_cpu_mem_usage: bool = False, to_keep: bool = False) -> _IncompatibleKeys:
         """Copies the tensors, or with `low_cpu_mem_usage` puts them where there are only meta tensors.
+
+        Args:
+            low_cpu_mem_usage: as said.
+            to_keep: the tensors are nobody else's, and the model's are new ones that nobody has a view of: where
+                nothing has to be converted the parameter gets the tensor's memory, and nothing is copied.
 
         Returns:
             the adapter's missing keys, and the unexpected ones.
@@ -159,12 +140,16 @@ class LoadPlan:
         import torch
         from torch.nn.modules.module import _IncompatibleKeys
 
+        kept: set[int] = set()
         for key, tensor in self.tensors.items():
             place = self.places[key]
             assign = low_cpu_mem_usage and place.held.is_meta
             if not assign and _loads_plainly(place.owner):
-                with torch.no_grad():
-                    place.held.copy_(tensor)
+                if to_keep and _can_take_memory(place.held, tensor, kept):
+                    place.held.data = tensor.detach()
+                else:
+                    with torch.no_grad():
+                        place.held.copy_(tensor)
                 continue
             value = tensor.to(place.held.dtype) if assign else tensor
             place.owner.load_state_dict({place.leaf: value}, strict=False, assign=assign)
@@ -199,6 +184,21 @@ def _loads_plainly(owner: nn.Module) -> bool:
         and "load_state_dict" not in owner.__dict__
         and not torch.__future__.get_swap_module_params_on_conversion()
     )
+
+
+def _can_take_memory(held: Tensor, tensor: Tensor, kept: set[int]) -> bool:
+    """Whether the tensor's memory can be the parameter's from now on. `kept` are the storages given away so far.
+
+    Tensors of a pickle may be parts of one storage, or the same one twice.
+    """
+    if held.dtype != tensor.dtype or held.device != tensor.device or held.stride() != tensor.stride():
+        return False
+    storage = tensor.untyped_storage()
+    place = storage.data_ptr()
+    if storage.nbytes() != tensor.nbytes or place in kept:
+        return False
+    kept.add(place)
+    return True
 
 
 def _bring_to_device(site: Site, adapter_name: str) -> None:

@@ -19,7 +19,7 @@ from pylora.checkpoint.convert import check_convertible, config_of_converted, re
 from pylora.checkpoint.extract import get_peft_model_state_dict
 from pylora.checkpoint.files import StagedFiles, StrPath, adapter_folder, split_hub_arguments, staged_files
 from pylora.checkpoint.keys import LORA_PREFIX, checked_adapter_name
-from pylora.checkpoint.load import load_peft_weights, plan_load, view_peft_weights
+from pylora.checkpoint.load import load_peft_weights, plan_load
 from pylora.checkpoint.save import stage_weights, warn_if_shadowed
 from pylora.config import PeftConfig
 from pylora.config.support import as_trained
@@ -160,7 +160,7 @@ class AdapterFiles:
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        weights = _read_weights(model_id, kwargs.pop("torch_device", None), key_mapping, low_cpu_mem_usage, kwargs)
+        weights = _read_weights(model_id, kwargs.pop("torch_device", None), key_mapping, kwargs)
 
         old_config = copy.copy(config.__dict__)
         config.inference_mode = not is_trainable
@@ -225,7 +225,7 @@ class AdapterFiles:
             config.inference_mode = not is_trainable
             if hasattr(config, "runtime_config"):
                 config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
-        weights = _read_weights(model_id, torch_device, key_mapping, low_cpu_mem_usage, kwargs)
+        weights = _read_weights(model_id, torch_device, key_mapping, kwargs)
         tuner = model.base_model
         before = ModelSnapshot(tuner.model) if is_new else None
         active, targeted = tuner.active_adapter, list(tuner.targeted_module_names)
@@ -271,7 +271,8 @@ class AdapterFiles:
         if is_new:
             lacking = [*plan.missing, *(key for key, _, _ in plan.mismatched)]
             initialise_left_out(model, adapter_name, lacking, model.peft_config[adapter_name].init_lora_weights)
-        result = plan.apply(low_cpu_mem_usage=low_cpu_mem_usage)
+        is_tied = bool(getattr(model.peft_config[adapter_name], "target_modules_to_tie", None))
+        result = plan.apply(low_cpu_mem_usage=low_cpu_mem_usage, to_keep=is_new and not is_tied)
         if low_cpu_mem_usage or not is_new:  # else the tensors have been copied into cast ones
             tuner = model.base_model
             tuner._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -327,11 +328,10 @@ def _stage_model_card(model: Any, stage: StagedFiles, folder: Path) -> None:
 
 
 def _read_weights(
-    model_id: StrPath, device: Any, key_mapping: Mapping[str, str] | None, to_keep: bool, kwargs: dict[str, Any]
+    model_id: StrPath, device: Any, key_mapping: Mapping[str, str] | None, kwargs: dict[str, Any]
 ) -> dict[str, Tensor]:
     hub, _ = split_hub_arguments(kwargs)
-    read = load_peft_weights if to_keep else view_peft_weights
-    return read(model_id, device=device, key_mapping=key_mapping, **hub)
+    return load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
 
 
 def _refuse_offloaded(model: nn.Module) -> None:

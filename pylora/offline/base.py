@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pylora.checkpoint.safetensors_header import Entry
 from pylora.offline.errors import OfflineError
 from pylora.offline.folders import local_folder
-from pylora.offline.tensor_files import Entry, TensorFile
+from pylora.offline.tensor_files import TensorFile
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".safetensors.index.json"

@@ -7,23 +7,18 @@ of which one tensor changes need not pass through memory. Format: https://github
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pylora.checkpoint.safetensors_header import MAX_BYTES, Entry, parse_header
+from pylora.checkpoint.safetensors_header import BrokenFileError, read_at, read_header
 from pylora.offline.errors import OfflineError
 
 if TYPE_CHECKING:
     import torch
 
 _CHUNK = 4 << 20
-_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-_BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
-_BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16)
-_BITS |= dict.fromkeys(("I32", "U32", "F32"), 32) | dict.fromkeys(("I64", "U64", "F64", "C64"), 64)
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Progress = Callable[[int], Any]
@@ -61,31 +56,11 @@ class TensorFile:
         except OSError as error:
             raise OfflineError(f"{path}: cannot be read: {error.strerror}") from None
         try:
-            self._start, self.entries, self.metadata = self._header()
-        except BaseException:
+            header, self._start = read_header(self._file.fileno())
+        except (BrokenFileError, OSError) as error:
             self._file.close()
-            raise
-
-    def _header(self) -> tuple[int, dict[str, Entry], dict[str, str]]:
-        size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
-        if size < 8 or length > min(MAX_BYTES, size - 8):
-            raise OfflineError(f"{self.path}: expected a .safetensors file, got {size} bytes without its header")
-        try:
-            entries, metadata = parse_header(self._file.read(length))
-            for entry in entries.values():
-                _check_size(entry)
-        except ValueError as error:
-            raise OfflineError(f"{self.path}: expected a .safetensors file, got a broken header: {error}") from None
-        entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
-        place = 0
-        for name, entry in entries.items():
-            if entry.begin != place:
-                raise OfflineError(f"{self.path}: {name}: expected its data at byte {place}, got {entry.begin}")
-            place = entry.end
-        if 8 + length + place != size:
-            raise OfflineError(f"{self.path}: expected {8 + length + place} bytes, got {size}: is it truncated?")
-        return 8 + length, entries, metadata
+            raise OfflineError(f"{self.path}: {error}") from None
+        self.entries, self.metadata = dict(header.entries), dict(header.metadata)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of floating point numbers, in memory of its own.
@@ -114,12 +89,10 @@ class TensorFile:
             yield bytes(buffer)
 
     def _read_into(self, name: str, begin: int, buffer: memoryview) -> None:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._file.fileno(), [buffer[done : done + _CHUNK]], self._start + begin + done)
-            if count == 0:
-                raise OfflineError(f"{self.path}: {name}: the file became shorter while it was read")
-            done += count
+        try:
+            read_at(self._file.fileno(), self._start + begin, [buffer])
+        except BrokenFileError as error:
+            raise OfflineError(f"{self.path}: {name}: {error}") from None
 
     def close(self) -> None:
         self._file.close()
@@ -129,12 +102,6 @@ class TensorFile:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-def _check_size(entry: Entry) -> None:
-    expected = math.prod(entry.shape) * _BITS.get(entry.dtype, 0)
-    if entry.dtype in _BITS and (entry.end - entry.begin) * 8 != expected:
-        raise ValueError(f"expected {expected // 8} bytes of {entry.dtype}, got {entry.end - entry.begin}")
 
 
 class TensorFileWriter:

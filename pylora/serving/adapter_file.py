@@ -1,4 +1,4 @@
-"""One adapter as its files give it: checked against the layers of a pool, its tensors still mapped from the file."""
+"""One adapter as its files give it, checked against the layers of a pool."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors import SafetensorError
+
 from pylora.checkpoint import load_peft_weights
-from pylora.checkpoint.files import find_weights
 from pylora.checkpoint.keys import MODEL_PREFIX
-from pylora.checkpoint.mapped_file import map_safetensors
 from pylora.config import PeftConfig, pattern_value, require_supported, scaling_for
 from pylora.config.support import as_trained, belongs_to_changed_base
 from pylora.errors import UnsupportedFeatureError
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 # What a slot has no place for: it holds the two factors of dense layers. (field, why)
 _NO_PLACE = {
@@ -52,7 +63,7 @@ class LayerFactors(NamedTuple):
 def read_adapter(
     folder: str | os.PathLike[str], layers: Mapping[str, LayerShape], max_rank: int
 ) -> dict[str, LayerFactors]:
-    """Read and check an adapter. A .safetensors file is mapped into memory, so that nothing is copied yet.
+    """Read and check an adapter.
 
     Args:
         folder: a local folder with an adapter in PEFT's format.
@@ -73,11 +84,10 @@ def read_adapter(
     try:
         config = PeftConfig.from_pretrained(folder)
         require_servable(config)
-        weights = find_weights(folder)
-        tensors = map_safetensors(weights) if weights.suffix == ".safetensors" else load_peft_weights(folder)
+        tensors = load_peft_weights(folder)
     except UnsupportedFeatureError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except _READ_ERRORS as error:
         raise AdapterFileError(f"{os.fspath(folder)!r}: cannot read the adapter: {error}") from error
     try:
         return _factors(config, tensors, layers, max_rank)

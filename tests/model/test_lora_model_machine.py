@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import nn
 
 from pylora.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
-from pylora.checkpoint.load import view_peft_weights
+from pylora.checkpoint.load import load_peft_weights
 from pylora.checkpoint.save import write_weights
 from pylora.config import LoraConfig
 from pylora.layers.variants import DoraCaching
@@ -144,7 +144,7 @@ class Lifecycle(RuleBasedStateMachine):
         if not self.saved:
             return
         folder, weights = self.saved[which % len(self.saved)]
-        config, tensors = LoraConfig.from_pretrained(folder), view_peft_weights(folder)
+        config, tensors = LoraConfig.from_pretrained(folder), load_peft_weights(folder)
         if name not in self.weights:
             self.model.peft_config[name] = config
             self.model.inject_adapter(self.model.model, name)

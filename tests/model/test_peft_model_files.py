@@ -1,5 +1,6 @@
 """PeftModel and its files: to and from the installed PEFT, and what is left when something goes wrong."""
 
+import copy
 import json
 import pickle
 import warnings
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pylora
-from pylora import LoraConfig, PeftModel, UnsupportedFeatureError, get_peft_model
+from pylora import LoraConfig, PeftModel, UnsupportedFeatureError, get_peft_model, get_peft_model_state_dict
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -395,6 +396,93 @@ class TestLoadAdapter:
         model.peft_config["default"].init_lora_weights = "pissa"
         with pytest.warns(UserWarning, match="PiSSA changes the base weights"):
             model.load_adapter(folder, "other")
+
+    def test_its_tensors_are_the_models_own(self, saved, tmp_path):
+        """What was read becomes the parameters' memory: nothing else may see it."""
+        folder, _ = saved
+        stored = load_file(folder / WEIGHTS)
+        model = make(seed=3)
+        for name in ("first", "second"):
+            model.load_adapter(folder, name, is_trainable=True)
+        first = [p for n, p in model.named_parameters() if ".first." in n]
+        places = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        assert len(places) == len(list(model.parameters()))
+        for param in first:
+            assert type(param) is nn.Parameter
+            assert param.is_leaf
+            assert param.untyped_storage().nbytes() == param.nbytes
+            param.grad = torch.ones_like(param)
+        torch.optim.SGD(first, lr=1.0).step()
+        copied = copy.deepcopy(model)
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        for name, change in (("first", 1), ("second", 0)):
+            for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
+                assert torch.equal(tensor, stored[key] - change)
+        assert_same_state(copied.state_dict(), model.state_dict())
+        assert_same_state(torch.load(tmp_path / "state.pt"), model.state_dict())
+        assert_same_state(load_file(folder / WEIGHTS), stored)
+
+    def test_tensors_of_a_pickle_that_share_memory_are_copied(self, saved):
+        folder, _ = saved
+        tensors = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        keys = [key for key in tensors if key.endswith("lora_A.weight")]
+        whole = torch.randn(2 * tensors[keys[0]].numel())
+        assert tensors[keys[0]].shape != tensors[keys[1]].shape
+        tensors[keys[0]] = whole[: tensors[keys[0]].numel()].view_as(tensors[keys[0]])
+        torch.save(tensors, folder / "adapter_model.bin")
+        model = make(seed=3)
+        model.load_adapter(folder, "new")
+        parameter = model.lin0.lora_A["new"].weight
+        assert torch.equal(parameter, tensors[keys[0]])
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+    def test_one_tensor_under_two_names_in_a_pickle(self, tmp_path):
+        """They are two parameters in the model, so that training one must not change the other."""
+
+        class Two(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        config = LoraConfig(r=2, target_modules=["one", "two"])
+        get_peft_model(Two(), config).save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / WEIGHTS)
+        shared = torch.randn(2, 6)
+        for key in tensors:
+            if key.endswith("lora_A.weight"):
+                tensors[key] = shared
+        (tmp_path / WEIGHTS).unlink()
+        torch.save(tensors, tmp_path / "adapter_model.bin")
+        model = PeftModel.from_pretrained(Two(), tmp_path)
+        one, two = (layer.lora_A["default"].weight for layer in (model.one, model.two))
+        with torch.no_grad():
+            one.zero_()
+        assert torch.equal(two, shared)
+
+    def test_a_file_that_is_truncated_under_a_load(self, saved, truncating):
+        folder, _ = saved
+        model = make(seed=3)
+        before = state_of(model)
+        truncating(folder / WEIGHTS, 200 + int.from_bytes((folder / WEIGHTS).read_bytes()[:8], "little"))
+        with pytest.raises(SafetensorError, match="became shorter while it was read"):
+            model.load_adapter(folder, "new")
+        assert_unchanged(model, before)
+        assert list(model.peft_config) == ["default"]
+
+    def test_in_inference_mode(self, saved, x):
+        folder, expected = saved
+        model = make(seed=3)
+        with torch.inference_mode():
+            model.load_adapter(folder, "new")
+            model.set_adapter("new")
+            assert torch.equal(model(x), expected)
+
+
+def assert_same_state(got, expected):
+    assert got.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(got[key], tensor), key
 
 
 def truncate(folder):

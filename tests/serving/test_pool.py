@@ -200,8 +200,8 @@ A_KEY = f"base_model.model.{Q0}.lora_A.weight"
         ),
         (
             lambda f: edit_weights(f, lambda t: t.update({A_KEY: torch.zeros(4, 16, dtype=torch.int8)})),
-            AdapterFileError,
-            "expected one of the dtypes F64, F32, F16, BF16, got I8",
+            AdapterMismatchError,
+            "expected floating point numbers, got torch.int8",
         ),
         (lambda f: (f / "adapter_config.json").unlink(), AdapterFileError, "Can't find 'adapter_config.json'"),
         (lambda f: (f / "adapter_config.json").write_text("{"), AdapterFileError, "cannot read the adapter"),
@@ -211,7 +211,7 @@ A_KEY = f"base_model.model.{Q0}.lora_A.weight"
                 (f / "adapter_model.safetensors").read_bytes()[:-64]
             ),
             AdapterFileError,
-            "broken weights",
+            "is it truncated",
         ),
         (lambda f: shutil.rmtree(f), AdapterFileError, "expected a local folder with an adapter, found none"),
     ],
@@ -252,6 +252,28 @@ def test_prefetch_goes_on_after_a_broken_file(llama: Any, make_adapter: Make, ca
             unknown.result(30)
         assert pool.resident == ["a", "c"]
     assert "prefetch of adapter 'b' failed" in caplog.text
+
+
+def test_a_file_that_is_truncated_under_a_load(
+    llama: Any, make_adapter: Make, truncating: Callable[[Path, int], None]
+) -> None:
+    """An error of that request alone, where reading by way of a mapping would end the process."""
+    folders = {name: make_adapter(name, seed, target_modules="all-linear") for seed, name in enumerate("ab")}
+    with AdapterPool(llama, 2, 4) as pool:
+        pool.load("a", folders["a"])
+        before = delta_in(pool, Q0, 0).clone()
+        weights = folders["b"] / "adapter_model.safetensors"
+        whole = weights.read_bytes()
+        truncating(weights, len(whole) - 100)
+        with pytest.raises(AdapterFileError, match=r"b'.*the file became shorter while it was read"):
+            pool.load("b", folders["b"])
+        assert pool.resident == ["a"]
+        assert torch.equal(delta_in(pool, Q0, 0), before)
+        weights.write_bytes(whole[:-100])
+        with pytest.raises(AdapterFileError, match="is it truncated"):
+            pool.load("b", folders["b"])
+        pool.load("c", make_adapter("c", 2))
+        assert pool.resident == ["a", "c"]
 
 
 def test_a_load_waits_for_the_slots_of_other_loads(
