@@ -21,8 +21,8 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install build test ctest pytest sanitize test-arm lint format demo docs bench cuda cuda-all emulate emulate-full wheel \
-  sdist test-vllm doctor clean distclean
+.PHONY: help install build test ctest pytest sanitize test-arm lint format demo docs bench cuda cuda-all test-cuda \
+  sanitize-cuda bench-cuda test-cuda-build emulate emulate-full wheel sdist test-vllm doctor clean distclean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -108,6 +108,25 @@ cuda-all: $(VENV)/.installed  ## Compile the CUDA kernels for all architectures 
 	  -DPYLORA_CUDA=ON "-DPYLORA_CUDA_ARCHS=80;86;89;90;100;120"
 	$(BIN)/cmake --build build/kernels-cuda-all --target pylora_cuda
 	$(BIN)/python tools/cuda_resources.py build/kernels-cuda-all
+
+# 10 GB of disk, 6 GB of it downloaded. A copy of the tree, since an extension fits one torch. No GPU is needed: what runs
+# are the CPU tests, in a build whose ops have CUDA kernels, and the errors for a missing driver.
+CUDA_TORCH ?= build/cuda-torch
+CUDA_TORCH_VERSION ?= 2.14.1
+CUDA_TORCH_PIP = $(CUDA_TORCH)/venv/bin/python -m pip --disable-pip-version-check --quiet
+$(CUDA_TORCH)/venv/.installed: requirements-dev.txt
+	$(PYTHON) -m venv $(CUDA_TORCH)/venv
+	$(CUDA_TORCH_PIP) install torch==$(CUDA_TORCH_VERSION)
+	grep -v '^torch==' requirements-dev.txt > $(CUDA_TORCH)/requirements.txt
+	$(CUDA_TORCH_PIP) install -r $(CUDA_TORCH)/requirements.txt
+	@touch $@
+
+test-cuda-build: $(CUDA_TORCH)/venv/.installed  ## Build against a CUDA build of torch and run the tests there (slow, 10 GB; no GPU needed).
+	mkdir -p $(CUDA_TORCH)/tree
+	find $(CUDA_TORCH)/tree -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C $(CUDA_TORCH)/tree
+	cd $(CUDA_TORCH)/tree && PYLORA_CUDA=1 $(abspath $(CUDA_TORCH))/venv/bin/python setup.py --quiet build_ext --inplace
+	cd $(CUDA_TORCH)/tree && OMP_NUM_THREADS=1 $(abspath $(CUDA_TORCH))/venv/bin/python -m pytest $(PYTEST)
 
 # The tests of csrc/emu/README.md's emulator and, through it, of every CUDA kernel.
 emulate: $(VENV)/.built  ## Run the CUDA kernels and their launchers on the CPU, in an emulator, against the references.

@@ -4,22 +4,30 @@ A mutant deletes a barrier or a wait, waits for one group of copies too few, dro
 index. Its kernel's tests (below) run against it until one fails. Exit status 1: fewer than --goal of the mutants were
 noticed.
 
-    python tools/mutate_cuda.py                 all of them; the better part of an hour on two cores
+    python tools/mutate_cuda.py                 all of them: hours on two cores
+    python tools/mutate_cuda.py --minutes 4     as many as fit; the next call goes on where this one stopped
     python tools/mutate_cuda.py --only decode   one kernel's
     python tools/mutate_cuda.py --list          what there is to break
+
+What a mutant came to is kept in build/mutants/results.json, for as long as the kernel's sources stay as they are and,
+if it went unnoticed, its tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +35,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ROOT / "build" / "mutants" / "tree"
 BUILD = ROOT / "build" / "mutants" / "build"
+RESULTS = ROOT / "build" / "mutants" / "results.json"
 
 KERNELS = {
     "plan": (["csrc/cuda/plan.cu"], "tests/cuda/test_sgmv.py"),
@@ -35,6 +44,7 @@ KERNELS = {
     "expand": (["csrc/cuda/expand.cu", "csrc/cuda/expand_tiles.cuh"], "tests/cuda/test_sgmv.py"),
     "decode": (["csrc/cuda/decode.cu", "csrc/cuda/decode_tiles.cuh"], "tests/cuda/test_bgmv.py"),
     "outer": (["csrc/cuda/outer.cu", "csrc/cuda/outer_tiles.cuh"], "tests/cuda/test_outer.py"),
+    "dropout": (["csrc/lora/dropout.cu"], "tests/cuda/test_dropout.py"),
 }
 """Sources of each kernel, and its tests."""
 
@@ -50,6 +60,8 @@ RULES = [
     ("tail guard dropped", r"const int valid = r < num_rows \? (.+?) : 0;", r"const int valid = \1;"),
     ("tail guard dropped", r"row_\[h\] < 0 \? 0 : num_columns - t \* 8", "num_columns - t * 8"),
     ("tail guard dropped", r"\be < valid\b", "true"),
+    ("tail guard dropped", r"if \([^;{]*(?:[<>] |[<>]= )[^;{]*\) continue;", ";"),
+    ("tail guard dropped", r"if \((?:k|k \+ 1) < (?:left|of\.num_ranks)\) ", ""),
     ("ranks padded up", r"\bgroup_\.rank - first\b", "kDepth"),
     ("index shifted", r"lane % 16\)", "(lane + 1) % 16)"),
     (
@@ -61,6 +73,10 @@ RULES = [
     ("index shifted", r"\brow_at\((.*?), (r|g|token)\)", r"row_at(\1, 0)"),
     ("sum order or part lost", r"int (s|split) = 0; \1 <", r"int \1 = 1; \1 <"),
     ("counter left", r"store_global\(counters? ?(?:\+ i)?, 0\);", ";"),
+    ("other random bits", r"\bv % 2 \* 16\b", "(1 - v % 2) * 16"),
+    ("other random bits", r"\bstatic_cast<uint32_t>\(row\)", "0u"),
+    ("index shifted", r"\+ counter % kLanes;", "+ (counter + 1) % kLanes;"),
+    ("part of the work lost", r"item \+= cuda::item_step\(\)", "item += 2 * cuda::item_step()"),
 ]
 """(what is broken, what is looked for in a line, what stands there instead)."""
 
@@ -72,6 +88,41 @@ class Mutant:
     line: int  # from 1
     rule: str
     text: str  # the line instead
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}:{self.line}: {self.rule}: {self.text.strip()}"
+
+
+class Results:
+    """What mutants came to, kept in a file from call to call."""
+
+    def __init__(self, path: Path, digest: Callable[[Sequence[str]], str]) -> None:
+        self._path, self._digest = path, digest
+        self._kept: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def _state(self, mutant: Mutant) -> dict[str, str]:
+        sources, tests = KERNELS[mutant.kernel]
+        return {"sources": self._digest(sources), "tests": self._digest([tests])}
+
+    def has(self, mutant: Mutant) -> bool:
+        kept, state = self._kept.get(mutant.key), self._state(mutant)
+        if kept is None or kept["sources"] != state["sources"]:
+            return False
+        return kept["noticed"] is not False or kept["tests"] == state["tests"]
+
+    def __getitem__(self, mutant: Mutant) -> bool | None:
+        noticed: bool | None = self._kept[mutant.key]["noticed"]
+        return noticed
+
+    def __setitem__(self, mutant: Mutant, noticed: bool | None) -> None:
+        self._kept[mutant.key] = {"noticed": noticed, **self._state(mutant)}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self._kept, indent=1, sort_keys=True))
+
+
+def digest_of(paths: Sequence[str]) -> str:
+    return hashlib.sha256(b"".join((ROOT / path).read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def mutants_of(kernel: str) -> Iterator[Mutant]:
@@ -86,7 +137,7 @@ def mutants_of(kernel: str) -> Iterator[Mutant]:
                     yield Mutant(kernel, path, number, rule, broken)
 
 
-def run(*command: str, environment: dict[str, str] | None = None, seconds: int = 600) -> bool:
+def run(*command: str, environment: dict[str, str] | None = None, seconds: float = 1200) -> bool:
     """Whether the command succeeded in time."""
     try:
         result = subprocess.run(
@@ -101,7 +152,7 @@ def build() -> bool:
     return run("cmake", "--build", str(BUILD), "--target", "_emulated")
 
 
-def notices(kernel: str, seconds: int) -> bool:
+def notices(kernel: str, seconds: float) -> bool:
     environment = {"PYLORA_EMULATED": str(BUILD), "OMP_NUM_THREADS": "1"}
     tests = KERNELS[kernel][1]
     return not run(sys.executable, "-m", "pytest", "-q", "-x", tests, environment=environment, seconds=seconds)
@@ -126,7 +177,7 @@ def prepare() -> None:
         raise SystemExit("mutate_cuda: the sources as they are do not build")
 
 
-def try_out(mutant: Mutant, seconds: int) -> bool | None:
+def try_out(mutant: Mutant, seconds: float) -> bool | None:
     """Whether the tests notice; None if the mutant is no program."""
     path = TREE / mutant.path
     whole = path.read_text()
@@ -160,7 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     parser.add_argument("--every", type=int, default=1, help="try each n-th mutant alone")
     parser.add_argument("--goal", type=float, default=0.9, help="share that has to be noticed")
-    parser.add_argument("--seconds", type=int, default=120, help="after which tests that still run count as failed")
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which no further mutant is tried")
+    parser.add_argument(
+        "--patience", type=float, default=4.0, help="times the tests' own time, then they count as failed"
+    )
     options = parser.parse_args(arguments)
     mutants = [mutant for kernel in options.only or KERNELS for mutant in mutants_of(kernel)][:: options.every]
     console = Console(width=160)
@@ -168,16 +222,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mutant in mutants:
             console.print(f"{mutant.path}:{mutant.line}: {mutant.rule}: {mutant.text.strip()}", markup=False)
         return 0
-    prepare()
-    for kernel in {mutant.kernel for mutant in mutants}:
-        if notices(kernel, options.seconds):
-            raise SystemExit(f"mutate_cuda: {KERNELS[kernel][1]} fails on the sources as they are")
-    results = []
+    results = Results(RESULTS, digest_of)
+    waiting = [mutant for mutant in mutants if not results.has(mutant)]
+    try_all(waiting, results, options, console)
+    done = [(mutant, results[mutant]) for mutant in mutants if results.has(mutant)]
+    share = report(done, console)
+    if len(done) < len(mutants):
+        console.print(f"{len(mutants) - len(done)} of {len(mutants)} not tried yet")
+        return 2
+    return 0 if share >= options.goal else 1
+
+
+def try_all(mutants: list[Mutant], results: Results, options: argparse.Namespace, console: Console) -> None:
+    """Until --minutes have passed."""
+    start = time.monotonic()
+    limits: dict[str, float] = {}  # seconds, a kernel
+    if mutants:
+        prepare()
     for mutant in mutants:
-        results.append((mutant, try_out(mutant, options.seconds)))
-        word = {True: "noticed", False: "UNNOTICED", None: "does not compile"}[results[-1][1]]
+        if time.monotonic() - start > 60 * options.minutes:
+            return
+        if mutant.kernel not in limits:
+            begin = time.monotonic()
+            if notices(mutant.kernel, 1200):
+                raise SystemExit(f"mutate_cuda: {KERNELS[mutant.kernel][1]} fails on the sources as they are")
+            limits[mutant.kernel] = options.patience * (time.monotonic() - begin)
+        results[mutant] = try_out(mutant, limits[mutant.kernel])
+        word = {True: "noticed", False: "UNNOTICED", None: "does not compile"}[results[mutant]]
         console.print(f"{word}: {mutant.path}:{mutant.line}: {mutant.rule}", markup=False, highlight=False)
-    return 0 if report(results, console) >= options.goal else 1
 
 
 if __name__ == "__main__":
