@@ -109,6 +109,31 @@ cuda-all: $(VENV)/.installed  ## Compile the CUDA kernels for all architectures 
 	$(BIN)/cmake --build build/kernels-cuda-all --target pylora_cuda
 	$(BIN)/python tools/cuda_resources.py build/kernels-cuda-all
 
+# A day with a GPU: these three, each within ten minutes on 16 cores, then `pylora bench gpu --record`. Without one
+# every test is skipped and says so. test-cuda needs nvcc but no CUDA build of torch: each launch gets copies of its tensors.
+ON_DEVICE_ARCHS ?= 80;90
+test-cuda: $(VENV)/.built  ## Run tests/cuda on a GPU, and the ops on CUDA tensors where torch and pylora have CUDA.
+	@mkdir -p build/on-device
+	@CUDACXX=$(NVCC) $(CONFIGURE) -B build/on-device -DPYLORA_TESTS=OFF -DPYLORA_CUDA=ON -DPYLORA_ON_DEVICE=ON \
+	  "-DPYLORA_CUDA_ARCHS=$(ON_DEVICE_ARCHS)" -DPython_EXECUTABLE=$(abspath $(BIN)/python) > build/on-device/configure.log \
+	  || { cat build/on-device/configure.log; exit 1; }
+	$(BIN)/cmake --build build/on-device --target _on_device
+	PYLORA_ON_DEVICE=build/on-device OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cuda tests/ops/test_on_gpu.py $(PYTEST)
+
+# One tool after another: memory errors, races in shared memory, barriers, memory read before it is written.
+SANITIZE_CUDA ?= memcheck racecheck synccheck initcheck
+SANITIZE_CUDA_PYTEST ?= -x -k "not grid"
+COMPUTE_SANITIZER ?= $(firstword $(wildcard $(patsubst %/nvcc,%/compute-sanitizer,$(NVCC))) compute-sanitizer)
+sanitize-cuda: test-cuda  ## tests/cuda on a GPU under compute-sanitizer; SANITIZE_CUDA=racecheck picks a tool.
+	@command -v $(COMPUTE_SANITIZER) > /dev/null || { echo "make sanitize-cuda: skipped: there is no compute-sanitizer"; exit 0; }; \
+	for tool in $(SANITIZE_CUDA); do \
+	  echo "== $$tool"; PYLORA_ON_DEVICE=build/on-device $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 \
+	    --target-processes all $(BIN)/python -m pytest tests/cuda $(SANITIZE_CUDA_PYTEST) || exit 1; \
+	done
+
+bench-cuda: $(VENV)/.built  ## Time the ops on a GPU by CUDA events, L2 cold and warm, beside torch, PEFT and vLLM.
+	$(BIN)/pylora bench gpu $(BENCH)
+
 # 10 GB of disk, 6 GB of it downloaded. A copy of the tree, since an extension fits one torch. No GPU is needed: what runs
 # are the CPU tests, in a build whose ops have CUDA kernels, and the errors for a missing driver.
 CUDA_TORCH ?= build/cuda-torch

@@ -29,3 +29,11 @@ target_sources(pylora_kernels PRIVATE $<TARGET_OBJECTS:pylora_cuda>)
 target_compile_definitions(pylora_kernels PUBLIC PYLORA_WITH_CUDA=1)
 target_link_libraries(pylora_kernels PUBLIC CUDA::cudart_static)
 file(WRITE ${CMAKE_BINARY_DIR}/cuda_link.txt "${CUDA_cudart_static_LIBRARY}\n-ldl\n-lrt\n-lpthread\n")
+
+# The launchers as Python functions that run on a GPU: the emulator's driver with another device below it.
+if(PYLORA_ON_DEVICE)
+  include(cmake/python.cmake)
+  file(GLOB PYLORA_DRIVER_SOURCES CONFIGURE_DEPENDS ${PYLORA_CSRC}/emu/driver/*.cpp)
+  pylora_python_module(_on_device ${PYLORA_DRIVER_SOURCES})
+  target_link_libraries(_on_device PRIVATE pylora_kernels pylora_flags)
+endif()

@@ -37,14 +37,6 @@ add_library(pylora_emulated STATIC ${PYLORA_EMULATED_SOURCES} $<TARGET_OBJECTS:p
 target_link_libraries(pylora_emulated PRIVATE pylora_emulated_flags)
 target_compile_options(pylora_emulated PRIVATE -fno-exceptions -Wno-unknown-pragmas)
 
-# pybind11 is the copy that comes with torch, as in the extension; torch itself is not linked.
-find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
-execute_process(
-  COMMAND ${Python_EXECUTABLE} -c "import importlib.util, pathlib, sysconfig; print(pathlib.Path(importlib.util.find_spec('torch').origin).parent / 'include', sysconfig.get_config_var('EXT_SUFFIX'), sep=';')"
-  OUTPUT_VARIABLE PYLORA_PYTHON OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-list(GET PYLORA_PYTHON 0 PYLORA_PYBIND11_INCLUDE)
-list(GET PYLORA_PYTHON 1 PYLORA_MODULE_SUFFIX)
-add_library(_emulated MODULE ${PYLORA_DRIVER_SOURCES})
-target_include_directories(_emulated SYSTEM PRIVATE ${PYLORA_PYBIND11_INCLUDE})
-target_link_libraries(_emulated PRIVATE pylora_emulated pylora_emulated_flags Python::Module)
-set_target_properties(_emulated PROPERTIES PREFIX "" SUFFIX ${PYLORA_MODULE_SUFFIX})
+include(cmake/python.cmake)
+pylora_python_module(_emulated ${PYLORA_DRIVER_SOURCES})
+target_link_libraries(_emulated PRIVATE pylora_emulated pylora_emulated_flags)

@@ -244,7 +244,7 @@ def try_all(mutants: list[Mutant], results: Results, options: argparse.Namespace
             return
         if mutant.kernel not in limits:
             begin = time.monotonic()
-            if notices(mutant.kernel, 1200):
+            if not build() or notices(mutant.kernel, 1200):  # the last mutant's object may still be there
                 raise SystemExit(f"mutate_cuda: {KERNELS[mutant.kernel][1]} fails on the sources as they are")
             limits[mutant.kernel] = options.patience * (time.monotonic() - begin)
         results[mutant] = try_out(mutant, limits[mutant.kernel])

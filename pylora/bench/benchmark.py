@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from pylora.bench.timing import Figure
 from pylora.ops.cost import Cost
 
 Value = str | int | float
@@ -24,12 +25,14 @@ class Work:
         before: called outside the clock before each call, with the provider's name; the provider gets its result as
             argument. For work that uses up its input, such as wrapping a model. A sample is one call then.
         inner: calls a sample; by default as many as take a millisecond.
+        timer: measures the providers, `repeat` samples each, where the host's clock does not serve (a GPU).
     """
 
     providers: dict[str, Callable[..., object]]
     check: Callable[[], None]
     before: Callable[[str], object] | None = None
     inner: int | None = None
+    timer: Callable[[Mapping[str, Callable[..., object]], int], dict[str, Figure]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Benchmark:
     cost: Callable[..., dict[str, Cost]] | None
     unit: str
     group: str = ""
+    needs: Callable[[], str] | None = None
 
     def __post_init__(self) -> None:
         for point in (*self.table, *(point for sweep in self.sweeps for point in sweep.points())):
@@ -121,6 +125,7 @@ def benchmark(
     sweeps: Sequence[Sweep] = (),
     cost: Callable[..., dict[str, Cost]] | None = None,
     unit: str = "ms",
+    needs: Callable[[], str] | None = None,
 ) -> Callable[[Callable[..., Work]], Benchmark]:
     """Make a benchmark of a function whose arguments are its axes, each with a default.
 
@@ -131,6 +136,7 @@ def benchmark(
         sweeps: the points that plots need beyond those.
         cost: the least work at a point: providers' names ("base", "pylora") to a `Cost`. Called with the axes.
         unit: "ms" for times; otherwise what the providers return, e.g. "MB".
+        needs: says why the benchmark cannot run on this machine, or "". It is then skipped, with the reason printed.
 
     Raises:
         TypeError: an argument of the function has no default.
@@ -143,7 +149,7 @@ def benchmark(
             if argument.default is inspect.Parameter.empty:
                 raise TypeError(f"benchmark: {title}: expected a default for each argument, got none for {axis}")
         summary = (inspect.getdoc(build) or "").split("\n\n")[0].replace("\n", " ")
-        return Benchmark(title, summary, build, base, tuple(table), tuple(sweeps), cost, unit)
+        return Benchmark(title, summary, build, base, tuple(table), tuple(sweeps), cost, unit, needs=needs)
 
     return decorate
 

@@ -11,7 +11,7 @@ from pylora.bench.benchmark import Benchmark, with_group
 
 PACKAGED = Path(__file__).parent / "cases"
 CHECKOUT = Path(__file__).parents[2] / "benchmarks"
-GROUPS = ("ops", "model", "memory", "serving")
+GROUPS = ("ops", "model", "memory", "serving", "gpu")
 
 
 def cases_folder() -> Path:

@@ -59,6 +59,7 @@ def facts() -> dict[str, Any]:
         "isa": C.cpu_isa(),
         "commit": commit,
         "uncommitted_changes": dirty,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in ("pylora", "torch", "peft")},
@@ -69,8 +70,9 @@ def describe(facts: dict[str, Any]) -> str:
     """One line: what a table or a plot was made with."""
     versions = facts["versions"]
     peft = f", PEFT {versions['peft']}" if versions["peft"] else ""
+    gpu = f"{facts['gpu']}, " if facts.get("gpu") else ""
     return (
-        f"{facts['cpu']}, {facts['isa']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}, "
+        f"{gpu}{facts['cpu']}, {facts['isa']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}, "
         f"torch {versions['torch']}{peft}, pylora {versions['pylora']} {facts['commit']}".rstrip()
     )
 

@@ -18,11 +18,12 @@ SCHEMA = 2  # of a record; 1 had one minimum a provider under "ms" and no parame
 
 @dataclass
 class Outcome:
-    """What became of a benchmark: records, or the reason why there are none."""
+    """What became of a benchmark: records, or the reason why there are none. skipped: what this machine lacks."""
 
     benchmark: Benchmark
     records: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
+    skipped: str = ""
 
 
 def run_benchmark(
@@ -42,6 +43,8 @@ def run_benchmark(
         providers: measure these only; "base" always. None: all.
         progress: told each case's label before it starts.
     """
+    if item.needs is not None and (lacking := item.needs()):
+        return Outcome(item, skipped=lacking)
     outcome = Outcome(item)
     for point in points:
         label = item.label(point)
@@ -61,7 +64,9 @@ def run_benchmark(
 def _measure(item: Benchmark, point: Point, work: Work, repeat: int, chosen: Sequence[str]) -> dict[str, Any]:
     calls = {name: call for name, call in work.providers.items() if not chosen or name in chosen or name == "base"}
     figures: dict[str, Figure]
-    if item.unit == "ms":
+    if work.timer is not None:
+        figures, inner = work.timer(calls, repeat), 1
+    elif item.unit == "ms":
         figures, inner = time_in_turns(calls, repeat, work.inner, work.before)
     else:
         figures, inner = measure_in_turns(calls, repeat, work.before), 1

@@ -27,6 +27,9 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     if outcome.failure:
         console.print(f"[red]{item.name}: no figures.[/red] {escape(outcome.failure)}")
         return
+    if outcome.skipped:
+        console.print(f"[yellow]{item.name}: skipped: {escape(outcome.skipped)}.[/yellow]")
+        return
     base = f"; base: {item.base}" if item.base else ""
     console.print(f"\n[bold]{item.name}[/bold]  {escape(item.summary)} [dim]({escape(item.unit + base)})[/dim]")
     console.print(_table(outcome))

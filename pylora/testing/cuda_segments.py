@@ -1,4 +1,4 @@
-"""The launchers of csrc/cuda/segments.h as functions of tensors, run in the emulator."""
+"""The launchers of csrc/cuda/segments.h as functions of tensors, run in the emulator or on a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pylora.testing.emulator import is_emulated
 
 ITEM_ROWS = 64
 
@@ -41,18 +43,19 @@ def shifted(t: Tensor, offset: int) -> Tensor:
 
 
 class SegmentKernels:
-    """`launches` holds a record of each launch since it was last emptied: bytes, sectors, mma operations."""
+    """`launches` holds what the emulator counted in each launch since it was last emptied: bytes, sectors, mma."""
 
-    def __init__(self, emulated: ModuleType) -> None:
-        self._module = emulated
-        self._ops = emulated.segments
+    def __init__(self, device: ModuleType) -> None:
+        self._module = device
+        self._ops = device.segments
         self.launches: list[dict[str, Any]] = []
 
     def _call(self, name: str, **fields: Any) -> None:
         try:
             getattr(self._ops, name)(**fields)
         finally:
-            self.launches += self._module.take_launches()
+            if is_emulated():
+                self.launches += self._module.take_launches()
 
     def plan(self, row_slots: Tensor) -> Rows:
         """Rows sorted by slot, as a plan that the device builds."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from pylora.bench import Sweep, Work, benchmark, discovery, machine, records, runner, selection, session
+from pylora.bench import Sweep, Work, benchmark, discovery, gpu, machine, records, runner, selection, session
 from pylora.bench.plots import draw
+from pylora.bench.table import print_outcome
 from pylora.bench.timing import measure_in_turns, time_in_turns
 from pylora.ops.cost import Cost
 from pylora.ops.cost import lora as lora_cost
@@ -91,6 +95,72 @@ class TestTiming:
     def test_other_units_are_what_the_providers_return(self):
         values = iter([3.0, 1.0, 2.0])
         assert measure_in_turns({"a": lambda: next(values)}, 3)["a"].as_dict() == {"min": 1.0, "median": 2.0}
+
+
+class FakeEvent:
+    def __init__(self, log: list[str]) -> None:
+        self.log, self.at = log, -1
+
+    def record(self) -> None:
+        self.at = len(self.log)
+        self.log.append("event")
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return float(end.at - self.at)
+
+
+class FakeGpu:
+    """Keeps what was queued, in its order; an event's time is its place there."""
+
+    def __init__(self) -> None:
+        self.queued: list[str] = []
+
+    def event(self) -> FakeEvent:
+        return FakeEvent(self.queued)
+
+    def hold(self) -> None:
+        self.queued.append("hold")
+
+    def empty_l2(self) -> None:
+        self.queued.append("empty L2")
+
+    def synchronize(self) -> None:
+        self.queued.append("wait")
+
+
+class TestGpu:
+    @pytest.mark.parametrize("cold", [False, True])
+    def test_only_the_call_is_between_the_events(self, cold: bool):
+        device = FakeGpu()
+        providers = {"base": lambda: device.queued.append("base"), "two": lambda: device.queued.extend("ab")}
+        figures = gpu.time_by_events(providers, 2, cold, device)
+        before = ["hold", "empty L2", "event"] if cold else ["hold", "event"]
+        turn = [*before, "base", "event", "wait", *before, "a", "b", "event", "wait"]
+        assert device.queued[-2 * len(turn) :] == turn * 2
+        assert device.queued[: -2 * len(turn)] == ["base"] * gpu.WARM_UPS + ["a", "b"] * gpu.WARM_UPS
+        assert (figures["base"].min, figures["two"].median) == (2.0, 3.0)
+
+    def test_without_a_gpu_it_is_said(self):
+        lacking = gpu.unusable()
+        if not lacking:
+            pytest.skip("this machine has a GPU and kernels for it")
+        item = discovery.discover()["gpu_lora"]
+        out = io.StringIO()
+        print_outcome(runner.run_benchmark(item, item.points(False), 1, fake_facts(), None), Console(file=out))
+        assert f"gpu_lora: skipped: {lacking}" in " ".join(out.getvalue().split())
+
+    @pytest.mark.parametrize("name", ["gpu_lora", "gpu_pools"])
+    def test_the_cases_are_right(self, name: str, monkeypatch):
+        """On the CPU, small, with times of a device that is none."""
+        item = discovery.discover()[name]
+        monkeypatch.setitem(item.build.__globals__, "DEVICE", "cpu")
+        monkeypatch.setattr(gpu, "TorchCuda", FakeGpu)
+        small = {"tokens": 66, "adapters": 3} if name == "gpu_pools" else {"direction": "train", "rows": 5}
+        points = [item.complete({"width": 64, "rank": 4} | more) for more in ({"l2": "cold"}, small)]
+        outcome = runner.run_benchmark(dataclasses.replace(item, needs=None), points, 1, fake_facts(), None)
+        assert not outcome.failure
+        assert all({"base", "pylora"} <= set(record["figures"]) for record in outcome.records)
+        assert len(outcome.records) == 2
 
 
 class TestRunning:

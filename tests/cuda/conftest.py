@@ -1,4 +1,4 @@
-"""The CUDA kernels in the emulator: these tests run where it was built, under `make emulate`."""
+"""The CUDA kernels through their launchers: in the emulator under `make emulate`, on a GPU under `make test-cuda`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from pylora.testing.cuda_segments import SegmentKernels
-from pylora.testing.emulator import SCHEDULES, Schedule, emulated, is_wanted
+from pylora.testing.emulator import SCHEDULES, Schedule, emulated, is_emulated, is_wanted, unusable
 
 if not is_wanted():
     collect_ignore_glob = ["*"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "emulator: counts launches, bytes or traps, which the emulator alone does")
+    config.addinivalue_line("markers", "device: needs the GPU itself: graphs, streams")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What cannot run is skipped by name, nothing is left out in silence."""
+    why = unusable() if is_wanted() else ""
+    for item in items:
+        if not item.path.is_relative_to(__file__.rpartition("/")[0]):
+            continue
+        if why:
+            item.add_marker(pytest.mark.skip(reason=f"CUDA: {why}"))
+        elif item.get_closest_marker("device" if is_emulated() else "emulator"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU" if is_emulated() else "needs the emulator"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -24,13 +41,13 @@ def pytest_runtest_call() -> Generator[None, None, None]:
         raise
 
 
-@pytest.fixture(params=SCHEDULES, ids=["forward", "reverse", "random"])
+@pytest.fixture(params=SCHEDULES, ids=Schedule.label)
 def schedule(request: pytest.FixtureRequest) -> Schedule:
     return request.param
 
 
 @pytest.fixture
 def kernels(schedule: Schedule) -> Iterator[SegmentKernels]:
-    """The launchers of csrc/cuda/segments.h, in each order of threads."""
+    """The launchers of csrc/cuda/segments.h, in each order of threads that the device offers."""
     with emulated(schedule) as module:
         yield SegmentKernels(module)

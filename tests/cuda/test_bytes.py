@@ -9,6 +9,8 @@ from pylora.testing.emulator import SCHEDULES, emulated
 
 DTYPE = torch.bfloat16
 
+pytestmark = pytest.mark.emulator
+
 
 @pytest.fixture
 def kernels():

@@ -7,7 +7,7 @@ import torch
 
 import pylora.ops
 from pylora.ops.reference.lora import lora_dropout
-from pylora.testing.emulator import SCHEDULES, Schedule, emulated
+from pylora.testing.emulator import SCHEDULES, Schedule, emulated, is_emulated
 from pylora.testing.tolerances import assert_near
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -32,7 +32,7 @@ def check(out: torch.Tensor, x: torch.Tensor, dropout_p: float, rng: torch.Tenso
     assert torch.equal(out, pylora.ops.lora_dropout(x, dropout_p, rng))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=["forward", "reverse", "random"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=Schedule.label)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5, 1.0])
 def test_grid(schedule: Schedule, dtype: torch.dtype, dropout_p: float) -> None:
@@ -55,7 +55,8 @@ def test_nothing_to_do(shape: tuple[int, int]) -> None:
         module.lora.dropout(
             num_tokens=shape[0], width=shape[1], dtype=x.dtype, dropout=(0.5, torch.tensor([1, 2])), x=x, out=x.clone()
         )
-        assert module.take_launches() == []
+        if is_emulated():
+            assert module.take_launches() == []
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -67,6 +68,7 @@ def test_dropping_multiplies_by_zero(value: float) -> None:
     assert torch.equal(out[kept].isinf(), x[kept].isinf())
 
 
+@pytest.mark.emulator
 def test_bytes_are_the_least() -> None:
     """x is read and out written once; each of the 32 warps reads seed and offset."""
     num_tokens, width = 16, 512

@@ -131,6 +131,7 @@ def test_empty(device, dtype, factor_dtype):
             assert not db.any()
 
 
+@pytest.mark.emulator
 def test_few_tokens_take_one_launch(device):
     inputs = lora_inputs(16, 256, 256, 16, torch.bfloat16, bias=False)
     device.take_launches()

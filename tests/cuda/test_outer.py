@@ -111,8 +111,23 @@ def test_same_bits_whoever_comes_last(dtype):
     assert all(torch.equal(out, results[0]) for out in results)
 
 
+@pytest.mark.emulator
 def test_tensor_core_work_is_the_least(kernels):
     """Ranks and rows in sixteens, columns in tiles of 128; g has two parts."""
     x, g, *_ = inputs_of(130, 256, [24], torch.bfloat16, "one")
     kernels.outer(kernels.one_slot(130), g, x, 1, torch.float32, 1)
     assert kernels.launches[-1]["mma"] == 9 * 2 * (256 // 8) * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_blocks_take_one_piece_after_another(schedule, dtype, offset):
+    """One multiprocessor: other ranks, columns and splits follow in the same shared memory; aligned and not."""
+    x, g, ranks, scalings, row_slots = inputs_of(300, 264, [70, 16, 5], dtype, "uniform")
+    with emulated(schedule, multiprocessors=1) as module:
+        kernels = SegmentKernels(module)
+        plan = kernels.plan(row_slots)
+        for splits in (1, 2):
+            slots = {"ranks": ranks, "scalings": scalings}
+            out = kernels.outer(plan, g, shifted(x, offset), 3, accumulator(dtype), num_splits=splits, **slots)
+            check_sums(out, g, x, ranks, row_slots)

@@ -7,16 +7,16 @@ from types import ModuleType
 
 import pytest
 
-from pylora.testing.emulator import SCHEDULES, Schedule, emulated, is_wanted, load
+from pylora.testing.emulator import SCHEDULES, Schedule, emulated, is_emulated, load
 
-if not is_wanted():
+if not is_emulated():
     collect_ignore_glob = ["*"]
 else:
     # What a trap is, a sanitizer has its own words for; test_sanitizers.py is about them.
     collect_ignore = ["test_bugs.py" if load().sanitizer else "test_sanitizers.py"]
 
 
-@pytest.fixture(params=SCHEDULES, ids=["forward", "reverse", "random"])
+@pytest.fixture(params=SCHEDULES, ids=Schedule.label)
 def schedule(request: pytest.FixtureRequest) -> Schedule:
     return request.param
 

@@ -1,5 +1,6 @@
 // Makes a launcher a Python function of keyword arguments, one for each field of its argument struct. A tensor stands
-// for its address; it becomes a region that the kernels may touch, for writing only if the field's type says so.
+// for its address; it becomes a region that the kernels may touch, for writing only if the field's type says so. Where
+// that memory is and how a launch ends, `Call` says: emulated.h, or on_device.h for a GPU.
 #pragma once
 
 #include <pybind11/functional.h>
@@ -15,20 +16,13 @@
 #include "common/matrix.h"
 #include "common/philox.h"
 #include "common/status.h"
-#include "emu/machine.h"
+#if defined(PYLORA_EMULATE)
+#include "emu/driver/emulated.h"
+#else
+#include "emu/driver/on_device.h"
+#endif
 
 namespace pylora::emu {
-
-namespace py = pybind11;
-
-/// The tensor's address; its whole storage is added to `regions`. None is a null pointer.
-inline uintptr_t address_of(py::handle tensor, bool writable, std::vector<Region>& regions) {
-  if (tensor.is_none()) return 0;
-  const auto storage = tensor.attr("untyped_storage")();
-  const auto begin = storage.attr("data_ptr")().cast<uintptr_t>();
-  regions.push_back({begin, begin + storage.attr("nbytes")().cast<uintptr_t>(), writable});
-  return tensor.attr("data_ptr")().cast<uintptr_t>();
-}
 
 template <class T>
 void assign(T*& field, py::handle tensor, std::vector<Region>& regions) {
@@ -109,24 +103,20 @@ class Fields {
   std::map<std::string, Setter> setters_;
 };
 
-/// module.name(**fields): runs the launcher. Raises RuntimeError for a Status that is not ok, and for a trap whose
-/// Status the launcher dropped.
+/// module.name(**fields): runs the launcher; `stream`, an address, is Context's. Raises RuntimeError for a Status that is
+/// not ok, and for what the launcher could not know when it returned.
 template <class Args>
 void def_launcher(py::module_& module, const char* name, const Fields<Args>& fields,
                   Status (*launcher)(const Context&, const Args&)) {
-  module.def(name, [fields, launcher](const py::kwargs& values) {
-    Machine& device = machine();
-    device.regions.clear();
-    const Args args = fields.parse(values, device.regions);
-    const size_t launches_before = device.launches.size();
-    const Status status = launcher(Context{}, args);
-    device.regions.clear();
+  module.def(name, [fields, launcher](py::kwargs values) {
+    Call call;
+    Context context;
+    if (values.contains("stream"))
+      context.stream = reinterpret_cast<void*>(values.attr("pop")("stream").cast<uintptr_t>());
+    const Args args = fields.parse(values, call.regions());
+    const Status status = launcher(context, args);
     if (!status.is_ok()) throw std::runtime_error(status.message);
-    for (size_t i = launches_before; i < device.launches.size(); ++i) {
-      if (!device.launches[i].error.empty()) {
-        throw std::runtime_error("the launcher returned ok after: " + device.launches[i].error);
-      }
-    }
+    call.finish();
   });
 }
 

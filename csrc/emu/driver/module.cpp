@@ -1,6 +1,8 @@
-// The Python module `_emulated`: settings and records of the emulated device, and a submodule of launchers for each op.
+// The Python modules `_emulated` and `_on_device`: a submodule of launchers for each op, and what is to be said of the
+// device, which is the emulated one with its settings and records or the GPU.
 #include <pybind11/stl.h>
 
+#include <string>
 #include <utility>
 
 #include "emu/driver/binder.h"
@@ -15,6 +17,7 @@ std::vector<std::pair<const char*, Define>>& registrations() {
   return all;
 }
 
+#if defined(PYLORA_EMULATE)
 py::dict to_dict(const LaunchRecord& record) {
   py::dict dict;
   dict["kernel"] = record.kernel;
@@ -49,16 +52,7 @@ std::vector<py::dict> take_launches() {
   return records;
 }
 
-}  // namespace
-
-Registration::Registration(const char* name, void (*define)(py::module_&)) {
-  registrations().emplace_back(name, define);
-}
-
-}  // namespace pylora::emu
-
-PYBIND11_MODULE(_emulated, module) {
-  using namespace pylora::emu;
+void define_device(py::module_& module) {
 #if defined(__SANITIZE_ADDRESS__)
   module.attr("sanitizer") = "address";
 #elif defined(__SANITIZE_THREAD__)
@@ -72,6 +66,37 @@ PYBIND11_MODULE(_emulated, module) {
       py::arg("resident_blocks") = defaults.resident_blocks, py::arg("multiprocessors") = defaults.multiprocessors,
       py::arg("max_shared_bytes") = defaults.max_shared_bytes, py::arg("check_regions") = defaults.check_regions);
   module.def("take_launches", &take_launches);
+}
+#else
+/// Why nothing can run, or "".
+std::string unusable() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return count > 0 ? "" : "no GPU";
+}
+
+void define_device(py::module_& module) {
+  module.def("unusable", &unusable);
+  module.def("synchronize", [] { throw_unless_success(cudaDeviceSynchronize(), "synchronize"); });
+}
+#endif
+
+}  // namespace
+
+Registration::Registration(const char* name, void (*define)(py::module_&)) {
+  registrations().emplace_back(name, define);
+}
+
+}  // namespace pylora::emu
+
+#if defined(PYLORA_EMULATE)
+PYBIND11_MODULE(_emulated, module) {
+#else
+PYBIND11_MODULE(_on_device, module) {
+#endif
+  using namespace pylora::emu;
+  define_device(module);
   for (const auto& [name, define] : registrations()) {
     py::module_ submodule = module.def_submodule(name);
     define(submodule);

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def bench(
     ops: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OPS]...", help="Benchmarks, or the groups ops, model, memory, serving."),
+        typer.Argument(metavar="[OPS]...", help="Benchmarks, or the groups ops, model, memory, serving, gpu."),
     ] = None,
     listing: Annotated[bool, typer.Option("--list", help="List the cases, measure nothing.")] = False,
     rows: Annotated[str, typer.Option(metavar="N,...", help="Only cases of these numbers of rows (tokens).")] = "",
@@ -147,7 +147,7 @@ def _show(outcomes: list[Outcome], console: Console, as_json: bool) -> None:
     if found:
         console.print(machine.describe(found[-1]), soft_wrap=True)
     for outcome in outcomes:
-        if as_json and not outcome.failure:
+        if as_json and not outcome.failure and not outcome.skipped:
             for record in outcome.records:
                 typer.echo(records.line(record))
         else:
