@@ -15,8 +15,9 @@ from typing import Any
 from pylora.errors import PeftWarning
 from pylora.integrations.patch_peft.replacements import Replacements
 
-# Those that the tests have run with: layers of another version may ask something else of their methods.
-PEFT_VERSIONS = ("0.21.2",)
+# Those that the tests have run with: layers of another version may ask something else of their methods. 0.20 and before
+# scale the adapters twice in the `svd` combinations, where pylora's arithmetic would give another result.
+PEFT_VERSIONS = ("0.21.0", "0.21.1", "0.21.2")
 
 _changes = Replacements()
 _lock = threading.Lock()

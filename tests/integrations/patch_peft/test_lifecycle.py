@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -63,7 +64,8 @@ def test_patching_again_works(patch, make, ops):
 def test_an_unknown_version_is_left_alone(monkeypatch):
     before = contents()
     monkeypatch.setattr(peft, "__version__", "0.99.0")
-    with pytest.warns(pylora.PeftWarning, match=r"patch_peft: peft: expected version 0\.21\.2, got 0\.99\.0"):
+    known = " or ".join(module.PEFT_VERSIONS)
+    with pytest.warns(pylora.PeftWarning, match=re.escape(f"patch_peft: peft: expected version {known}, got 0.99.0")):
         assert pylora.patch_peft() is False
     assert contents() == before
 
