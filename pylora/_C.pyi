@@ -161,6 +161,18 @@ def multi_lora_linear(
     slots: Tensor,
     /,
 ) -> Tensor: ...
+def multi_lora_embedding_(
+    y: Tensor,
+    tokens: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+    padding_idx: int,
+    /,
+) -> None: ...
 def merge_(
     w: Tensor,
     a: Sequence[Tensor],

@@ -6,6 +6,7 @@
 #include "cpu/segments_kernels.h"
 
 PYLORA_KERNEL_TABLE(SegmentKernels, segment_kernels)
+PYLORA_KERNEL_TABLE(SegmentLookupKernels, segment_lookup_kernels)
 
 namespace pylora {
 namespace {
@@ -14,10 +15,15 @@ int index(DType dtype) { return static_cast<int>(dtype); }
 
 ConstMatrix transposed(ConstMatrix m) { return {m.data, m.column_stride, m.row_stride}; }
 
-Status find_kernels(const SegmentKernels** kernels) {
+struct Kernels {
+  const SegmentKernels* dense;
+  const SegmentLookupKernels* lookup;
+};
+
+Status find_kernels(Kernels* kernels) {
   Isa isa;
   const Status status = current_isa(&isa);
-  *kernels = &segment_kernels_table(isa);
+  *kernels = {&segment_kernels_table(isa), &segment_lookup_kernels_table(isa)};
   return status;
 }
 
@@ -42,17 +48,36 @@ void for_each_part(const SegmentPlan& plan, const SegmentSlot* slots, int64_t be
   }
 }
 
+/// da of a one-hot x. Ranks are shared out, so that no two threads add to one sum.
+void add_up_columns(const Context& context, const SegmentBackward& args, SegmentLookupKernels::AddUp add_up) {
+  const SegmentPlan& plan = args.plan;
+  parallel_for(context, args.shape.v_stride, grain(plan.num_positions()), [&](int64_t begin, int64_t end) {
+    for (int64_t segment = 0; segment < plan.num_segments; ++segment) {
+      const int32_t slot = plan.slots[segment];
+      if (slot < 0 || !args.da[slot]) continue;
+      const int64_t rank = args.slots[slot].rank;
+      add_up(begin, rank < end ? rank : end, plan.begin_of(segment), plan.begin_of(segment + 1), plan, args.g,
+             args.shape.v_stride, args.one_hot.columns, args.one_hot.frozen_column, args.shape.in_features,
+             args.da[slot]);
+    }
+  });
+}
+
 template <bool kShrink, bool kExpand>
 Status run_forward(const Context& context, const SegmentForward& args) {
-  const SegmentKernels* kernels;
+  Kernels kernels;
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
   const SegmentShape& s = args.shape;
-  const auto shrink = kernels->shrink[index(s.dtype)];
-  const auto expand = kernels->expand[index(s.dtype)];
-  const int64_t work = s.v_stride * ((kShrink ? s.in_features : 0) + (kExpand ? s.out_features : 0));
+  const auto shrink = kernels.dense->shrink[index(s.dtype)];
+  const auto look_up = kernels.lookup->look_up[index(s.dtype)];
+  const auto expand = kernels.dense->expand[index(s.dtype)];
+  const int64_t* columns = args.one_hot.columns;
+  const int64_t work = s.v_stride * ((kShrink && !columns ? s.in_features : 0) + (kExpand ? s.out_features : 0));
   parallel_for(context, args.plan.num_positions(), grain(work), [&](int64_t begin, int64_t end) {
     for_each_part(args.plan, args.slots, begin, end, [&](const SegmentSlot& slot, int64_t first, int64_t last) {
-      if (kShrink) {
+      if (kShrink && columns) {
+        look_up(first, last, args.plan, columns, slot.a, slot.dtype, slot.rank, args.v, s.v_stride);
+      } else if (kShrink) {
         shrink(first, last, args.plan, args.x, s.in_features, slot.a, slot.dtype, slot.rank, 1.0, slot.dropout, args.v,
                s.v_stride);
       }
@@ -80,13 +105,13 @@ Status segments_forward_cpu(const Context& context, const SegmentForward& args) 
 }
 
 Status segments_backward_cpu(const Context& context, const SegmentBackward& args) {
-  const SegmentKernels* kernels;
+  Kernels kernels;
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
   const SegmentShape& s = args.shape;
   const SegmentPlan& plan = args.plan;
-  const auto shrink = kernels->shrink[index(s.dtype)];
-  const auto expand = kernels->expand[index(s.dtype)];
-  const auto outer = kernels->outer[index(s.dtype)];
+  const auto shrink = kernels.dense->shrink[index(s.dtype)];
+  const auto expand = kernels.dense->expand[index(s.dtype)];
+  const auto outer = kernels.dense->outer[index(s.dtype)];
 
   if (args.dx.data || args.da) {
     const int64_t work = s.v_stride * (s.out_features + (args.dx.data ? s.in_features : 0));
@@ -116,7 +141,11 @@ Status segments_backward_cpu(const Context& context, const SegmentBackward& args
       }
     });
   };
-  if (args.da) sums_over_tokens(args.g, args.x, s.in_features, true, args.da);
+  if (args.da && args.one_hot.columns) {
+    add_up_columns(context, args, kernels.lookup->add_up[index(s.dtype)]);
+  } else if (args.da) {
+    sums_over_tokens(args.g, args.x, s.in_features, true, args.da);
+  }
   if (args.db) sums_over_tokens(args.v, args.dy, s.out_features, false, args.db);
   return {};
 }

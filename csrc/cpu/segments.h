@@ -10,7 +10,7 @@
 // Every slot has its own rank and factor dtype: no product is padded to a common rank.
 //
 // Numerics. Products are summed in f32 (f64 for f64 activations), whatever the factors' dtypes. y and dx are read, added
-// to and rounded once (once for each 512 ranks beyond 512). A row of v, y and dx depends on that row and its slot
+// to and rounded once (once for each 512 ranks beyond 512). Products with a one-hot x are exact. A row of v, y and dx depends on that row and its slot
 // alone: it has the same bits in any batch, order of rows and number of threads. Sums over tokens (da, db) run in the
 // order of the segments. Instruction sets differ in the last bits.
 #pragma once
@@ -58,11 +58,18 @@ struct SegmentShape {
   DType dtype = DType::f32;  // of x, y, dx, dy
 };
 
+/// x of an embedding: row t is 1 at columns[t] and 0 elsewhere, so that x a_s^T is a column of a_s.
+struct OneHot {
+  const int64_t* columns = nullptr;  // [num_tokens], from 0 to in_features - 1 for tokens with a slot; null: x is dense
+  int64_t frozen_column = -1;        // da is 0 there
+};
+
 struct SegmentForward {
   SegmentShape shape;
   SegmentPlan plan;
   const SegmentSlot* slots = nullptr;
   ConstMatrix x;      // [num_tokens, in_features], column stride 1
+  OneHot one_hot;     // instead of x
   MutableMatrix y;    // [num_tokens, out_features], column stride 1
   void* v = nullptr;  // [num_tokens, v_stride], accumulators; only the first rank numbers of a token are used
 };
@@ -73,6 +80,7 @@ struct SegmentBackward {
   const SegmentSlot* slots = nullptr;
   ConstMatrix dy;           // [num_tokens, out_features], column stride 1
   ConstMatrix x;            // read for da alone
+  OneHot one_hot;           // instead of x; dx is then not wanted
   const void* v = nullptr;  // the forward's; read for db alone
   MutableMatrix dx;         // is added to; null: not wanted
   void* g = nullptr;        // scratch, [num_tokens, v_stride] accumulators

@@ -27,4 +27,20 @@ struct SegmentKernels {
   Outer outer[kNumDTypes];
 };
 
+/// Of tokens whose x is one-hot.
+struct SegmentLookupKernels {
+  /// C v[t, r] = factor[r, columns[t]].
+  using LookUp = void (*)(int64_t begin, int64_t end, const SegmentPlan& plan, const int64_t* columns,
+                          ConstMatrix factor, DType factor_dtype, int64_t rank, void* v, int64_t v_stride);
+  /// C sums[r, columns[t]] += g[t, r] over the positions [first, last), for ranks [begin, end); tokens with the column
+  /// `frozen_column` are passed over.
+  using AddUp = void (*)(int64_t begin, int64_t end, int64_t first, int64_t last, const SegmentPlan& plan,
+                         const void* g, int64_t g_stride, const int64_t* columns, int64_t frozen_column, int64_t width,
+                         void* sums);
+
+  // Indexed by the activations' DType.
+  LookUp look_up[kNumDTypes];
+  AddUp add_up[kNumDTypes];
+};
+
 }  // namespace pylora

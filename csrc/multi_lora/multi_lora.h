@@ -1,4 +1,4 @@
-// multi_lora: a dense layer for a batch whose rows use different adapters, each adapter's factors where its layer keeps
+// multi_lora: layers for a batch whose rows use different adapters, each adapter's factors where its layer keeps
 // them. Nothing is stacked or copied: the kernels (cpu/segments.h, which has the numerics) take a pointer, a rank, a
 // dtype and a scaling for each adapter, so that no change of an adapter can be missed.
 #pragma once
@@ -16,6 +16,7 @@ using at::Tensor;
 using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
 using Doubles = c10::ArrayRef<double>;
+using variable_list = std::vector<Tensor>;
 
 /// What every op of the family takes after its own arguments.
 ///   a, b        for each adapter of the batch: [rank, in], [out, rank]
@@ -59,7 +60,33 @@ inline Gradients call_backward(const Tensor& dy, const Tensor& x, const Optional
   return op.call(dy, x, weight, v, PYLORA_MULTI_LORA_NAMES, need_x, need_factors);
 }
 
-/// As pybind11 calls it.
+/// The same for the ops that add to a layer's output and have no dropout.
+#define PYLORA_SERVED_ARGS \
+  TensorList a, TensorList b, Doubles scalings, const Tensor &order, const Tensor &indptr, const Tensor &slots
+#define PYLORA_SERVED_TYPES TensorList, TensorList, Doubles, const Tensor&, const Tensor&, const Tensor&
+#define PYLORA_SERVED_NAMES a, b, scalings, order, indptr, slots
+
+using FactorGradients = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
+
+inline void call_embedding(const Tensor& y, const Tensor& tokens, PYLORA_SERVED_ARGS, int64_t padding_idx) {
+  static const auto op =
+      find_op<void(const Tensor&, const Tensor&, PYLORA_SERVED_TYPES, int64_t)>("pylora::multi_lora_embedding_");
+  op.call(y, tokens, PYLORA_SERVED_NAMES, padding_idx);
+}
+
+inline FactorGradients call_embedding_backward(const Tensor& dy, const Tensor& tokens, PYLORA_SERVED_ARGS,
+                                               int64_t padding_idx) {
+  static const auto op = find_op<FactorGradients(const Tensor&, const Tensor&, PYLORA_SERVED_TYPES, int64_t)>(
+      "pylora::multi_lora_embedding_backward");
+  return op.call(dy, tokens, PYLORA_SERVED_NAMES, padding_idx);
+}
+
+/// As pybind11 calls them.
+inline void eager_embedding(const Tensor& y, const Tensor& tokens, const std::vector<Tensor>& a,
+                            const std::vector<Tensor>& b, const std::vector<double>& scalings, const Tensor& order,
+                            const Tensor& indptr, const Tensor& slots, int64_t padding_idx) {
+  call_embedding(y, tokens, PYLORA_SERVED_NAMES, padding_idx);
+}
 inline Tensor eager_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                            const std::vector<Tensor>& a, const std::vector<Tensor>& b,
                            const std::vector<double>& scalings, const std::vector<double>& dropout,

@@ -1,100 +1,19 @@
-// pylora::multi_lora_linear: schema, checks, kernels, derivatives.
+// pylora::multi_lora_linear: schema, checks, kernels, derivatives. The family's other ops are in headers beside it.
 #include "multi_lora/multi_lora.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "binding/segments.h"
+#include "multi_lora/adapters.h"
+#include "multi_lora/embedding.h"
 
 namespace pylora::multi_lora {
 namespace {
 
 constexpr const char* kOp = "multi_lora_linear";
-
-/// Inside the op, dtypes are settled.
-struct NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
-
-/// Leading dimensions flattened; counted, since -1 is ambiguous for a width of 0.
-Tensor rows_of(const Tensor& t) {
-  int64_t count = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i)
-    count *= t.size(i);
-  return t.reshape({count, t.size(-1)});
-}
-
-std::vector<int64_t> with_width(const Tensor& t, int64_t width) {
-  std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
-  shape.back() = width;
-  return shape;
-}
-
-SegmentPlan check_plan(const Tensor& like, int64_t num_tokens, int64_t num_adapters, const Tensor& order,
-                       const Tensor& indptr, const Tensor& slots) {
-  binding::check_indices(kOp, "order", order, -1);
-  binding::check_indices(kOp, "slots", slots, -1);
-  const int64_t num_rows = order.size(0);
-  binding::check_indptr(kOp, "indptr", indptr, slots.size(0), num_rows);
-  binding::check_slots(kOp, "slots", slots, num_adapters);
-  TORCH_CHECK_VALUE(num_rows == 0 ? num_tokens == 0 : like.dim() >= 2 && like.size(0) == num_rows, kOp,
-                    ": x: expected ", num_rows, " rows, as the plan has, got shape ", like.sizes());
-  const int32_t* row = order.const_data_ptr<int32_t>();
-  std::vector<bool> seen(static_cast<size_t>(num_rows));
-  for (int64_t i = 0; i < num_rows; ++i) {
-    const bool fits = row[i] >= 0 && row[i] < num_rows && !seen[static_cast<size_t>(row[i])];
-    TORCH_CHECK_VALUE(fits, kOp, ": order: expected each row from 0 to ", num_rows - 1, " once, got ", row[i], " at ",
-                      i);
-    seen[static_cast<size_t>(row[i])] = true;
-  }
-  SegmentPlan plan;
-  plan.num_segments = slots.size(0);
-  plan.tokens_per_row = num_rows > 0 ? num_tokens / num_rows : 1;
-  plan.order = row;
-  plan.indptr = indptr.const_data_ptr<int32_t>();
-  plan.slots = slots.const_data_ptr<int32_t>();
-  return plan;
-}
-
-std::vector<SegmentSlot> check_adapters(const Tensor& like, int64_t in_features, int64_t out_features, TensorList a,
-                                        TensorList b, Doubles scalings, Doubles dropout, const OptionalTensor& rng) {
-  const binding::Checks check(kOp);
-  check.kernel_dtype("x", like);
-  TORCH_CHECK_VALUE(b.size() == a.size() && scalings.size() == a.size(), kOp, ": b: expected as many as a, ", a.size(),
-                    ", got ", b.size(), " and ", scalings.size(), " scalings");
-  TORCH_CHECK_VALUE(dropout.empty() || dropout.size() == a.size(), kOp, ": dropout: expected none or ", a.size(),
-                    ", got ", dropout.size());
-  std::vector<SegmentSlot> slots(a.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    check.kernel_dtype("a", a[i]);
-    check.shape("a", a[i], {-1, in_features});
-    check.shape("b", b[i], {out_features, a[i].size(0)});
-    check.same_dtype("b", b[i], "a", a[i]);
-    check.same_device("a", a[i], "x", like);
-    check.same_device("b", b[i], "x", like);
-    const double p = dropout.empty() ? 0.0 : dropout[i];
-    check.dropout(p, rng, like);
-    SegmentSlot& slot = slots[i];
-    slot.a = binding::matrix(a[i]);
-    slot.b = binding::matrix(b[i]);
-    slot.rank = a[i].size(0);
-    slot.scaling = scalings[i];
-    slot.dtype = binding::to_dtype(a[i].scalar_type());
-    if (p > 0) slot.dropout = make_dropout(p, rng->const_data_ptr<int64_t>());
-  }
-  return slots;
-}
-
-int64_t largest_rank(const std::vector<SegmentSlot>& slots) {
-  int64_t rank = 0;
-  for (const SegmentSlot& slot : slots)
-    rank = std::max(rank, slot.rank);
-  return rank;
-}
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                           PYLORA_MULTI_LORA_ARGS) {
@@ -108,10 +27,11 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight,
     check.same_dtype("bias", *bias, "x", x);
     check.same_device("bias", *bias, "x", x);
   }
-  const auto adapters = check_adapters(x, x.size(-1), weight.size(0), a, b, scalings, dropout, rng);
+  const auto adapters = check_adapters(kOp, "x", x, x.size(-1), weight.size(0), a, b, scalings, dropout, rng);
   const NoAutocast settled;
   const Tensor x_rows = binding::with_unit_columns(rows_of(x));
-  const SegmentPlan plan = check_plan(x, x_rows.size(0), static_cast<int64_t>(a.size()), order, indptr, slots);
+  const SegmentPlan plan =
+      check_plan(kOp, "x", x, x_rows.size(0), static_cast<int64_t>(a.size()), order, indptr, slots);
   const Tensor y = binding::dense_product(x_rows, weight, bias);
   SegmentForward args;
   args.shape = {x.size(-1), weight.size(0), largest_rank(adapters), binding::to_dtype(x.scalar_type())};
@@ -139,13 +59,13 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const OptionalTenso
   check.shape("x", x, with_width(dy, -1));
   check.same_dtype("x", x, "dy", dy);
   const int64_t in_features = x.size(-1), out_features = dy.size(-1);
-  const auto adapters = check_adapters(dy, in_features, out_features, a, b, scalings, dropout, rng);
+  const auto adapters = check_adapters(kOp, "dy", dy, in_features, out_features, a, b, scalings, dropout, rng);
   const Tensor dy_rows = binding::with_unit_columns(rows_of(dy)), x_rows = binding::with_unit_columns(rows_of(x));
   const int64_t rank = largest_rank(adapters);
   check.shape("v", v, {dy_rows.size(0), rank});
   const auto sums = dy.options().dtype(binding::accumulator_type(dy.scalar_type()));
   SegmentBackward args;
-  args.plan = check_plan(dy, dy_rows.size(0), static_cast<int64_t>(a.size()), order, indptr, slots);
+  args.plan = check_plan(kOp, "dy", dy, dy_rows.size(0), static_cast<int64_t>(a.size()), order, indptr, slots);
   Tensor dx = at::empty({0}, dy.options());
   if (need_x) {
     TORCH_CHECK_VALUE(weight.has_value(), kOp, ": weight: expected a tensor for x's gradient, got None");
@@ -153,14 +73,7 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const OptionalTenso
     dx = binding::dense_product(dy_rows, weight->t(), std::nullopt);
     args.dx = {dx.mutable_data_ptr(), in_features, 1};
   }
-  std::vector<Tensor> da, db;
-  std::vector<void*> da_sums, db_sums;
-  for (size_t i = 0; need_factors && i < a.size(); ++i) {
-    da.push_back(at::zeros({a[i].size(0), in_features}, sums));
-    db.push_back(at::zeros({a[i].size(0), out_features}, sums));
-    da_sums.push_back(da.back().mutable_data_ptr());
-    db_sums.push_back(db.back().mutable_data_ptr());
-  }
+  FactorSums factor_sums(need_factors ? a : TensorList(), need_factors ? b : TensorList(), sums);
   const Tensor g = at::empty({dy_rows.size(0), rank}, sums);
   args.shape = {in_features, out_features, rank, binding::to_dtype(dy.scalar_type())};
   args.slots = adapters.data();
@@ -168,20 +81,16 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const OptionalTenso
   args.x = binding::matrix(x_rows);
   args.v = v.const_data_ptr();
   args.g = g.mutable_data_ptr();
-  args.da = need_factors ? da_sums.data() : nullptr;
-  args.db = need_factors ? db_sums.data() : nullptr;
+  args.da = need_factors ? factor_sums.da_pointers.data() : nullptr;
+  args.db = need_factors ? factor_sums.db_pointers.data() : nullptr;
   binding::throw_unless_ok(segments_backward_cpu(binding::cpu_context(), args));
-  for (size_t i = 0; i < da.size(); ++i) {
-    da[i] = da[i].to(a[i].scalar_type());
-    db[i] = db[i].t().contiguous().to(b[i].scalar_type());
-  }
-  return {need_x ? dx.view(with_width(dy, in_features)) : dx, da, db};
+  auto [da, db] = factor_sums.as_gradients(a, b);
+  return {need_x ? dx.view(with_width(dy, in_features)) : dx, std::move(da), std::move(db)};
 }
 
 // ---- derivatives ----
 
 using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   enum Edge { kX, kWeight, kFactors };  // then bias, if there is one
@@ -244,8 +153,7 @@ bool wants_grad(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
 
 Tensor linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, PYLORA_MULTI_LORA_ARGS) {
   if (wants_grad(x, weight, bias, a, b)) {
-    std::vector<Tensor> factors(a.begin(), a.end());
-    factors.insert(factors.end(), b.begin(), b.end());
+    const std::vector<Tensor> factors = factors_of(a, b);
     return LinearFunction::apply(x, weight, TensorList(factors), bias, rng, scalings.vec(), dropout.vec(),
                                  variable_list{order, indptr, slots});
   }
@@ -268,6 +176,8 @@ Tensor linear_autocast(const Tensor& x, const Tensor& weight, const OptionalTens
   "Tensor[] a, Tensor[] b, float[] scalings, float[] dropout, Tensor? rng, Tensor order, Tensor indptr, Tensor " \
   "slots"
 
+#define PYLORA_SERVED_SCHEMA "Tensor[] a, Tensor[] b, float[] scalings, Tensor order, Tensor indptr, Tensor slots"
+
 TORCH_LIBRARY_FRAGMENT(pylora, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("multi_lora_linear(Tensor x, Tensor weight, Tensor? bias, " PYLORA_MULTI_LORA_SCHEMA ") -> Tensor", tags);
@@ -277,15 +187,24 @@ TORCH_LIBRARY_FRAGMENT(pylora, m) {
   m.def("multi_lora_linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor v, " PYLORA_MULTI_LORA_SCHEMA
         ", bool need_x, bool need_factors) -> (Tensor dx, Tensor[] da, Tensor[] db)",
         tags);
+  m.def("multi_lora_embedding_(Tensor(a!) y, Tensor tokens, " PYLORA_SERVED_SCHEMA ", int padding_idx) -> ()", tags);
+  m.def("multi_lora_embedding_backward(Tensor dy, Tensor tokens, " PYLORA_SERVED_SCHEMA
+        ", int padding_idx) -> (Tensor[] da, Tensor[] db)",
+        tags);
 }
 
 TORCH_LIBRARY_IMPL(pylora, CPU, m) {
   m.impl("multi_lora_linear", &linear);
   m.impl("multi_lora_linear_forward", &linear_forward);
   m.impl("multi_lora_linear_backward", &linear_backward);
+  m.impl("multi_lora_embedding_", &embedding);
+  m.impl("multi_lora_embedding_backward", &embedding_backward);
 }
 
-TORCH_LIBRARY_IMPL(pylora, Autograd, m) { m.impl("multi_lora_linear", &linear_autograd); }
+TORCH_LIBRARY_IMPL(pylora, Autograd, m) {
+  m.impl("multi_lora_linear", &linear_autograd);
+  m.impl("multi_lora_embedding_", &embedding_autograd);
+}
 
 TORCH_LIBRARY_IMPL(pylora, AutocastCPU, m) { m.impl("multi_lora_linear", &linear_autocast); }
 

@@ -13,6 +13,9 @@ from pylora.errors import PeftWarning
 from pylora.layers.base_weight import DenseBaseWeight
 from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.registry import register_layer
+from pylora.layers.row_names import RowNames
+from pylora.layers.served import OP_DTYPES, adds_in_place, are_factors
+from pylora.ops import AdapterPools, multi_lora_embedding_
 
 
 def embed_scale(base: Any) -> torch.Tensor | None:
@@ -95,6 +98,30 @@ class Embedding(DeltaLayer):
         output = self._embed(x, a.T) @ b.T * self.scaling[name]
         embed_scale = self._get_embed_scale()
         return output if embed_scale is None else output * embed_scale.to(output.dtype)
+
+    def _fused_mixed_batch(self, x: torch.Tensor, names: RowNames) -> tuple[torch.Tensor, tuple[str, ...]] | None:
+        base: Any = self.get_base_layer()
+        served = tuple(name for name in names.rows_of if self._is_served(name))
+        if not served or base.max_norm is not None or base.scale_grad_by_freq or not adds_in_place():
+            return None
+        result = self.base_layer(x)
+        scale = self._get_embed_scale()
+        takes = x.is_cpu and x.dtype in (torch.int64, torch.int32) and result.dtype in OP_DTYPES
+        if not takes or not result.is_contiguous() or (scale is not None and torch.compiler.is_compiling()):
+            return result, ()
+        factors = [self._factors(name) for name in served]
+        scalings = [float(self.scaling[name]) for name in served]
+        if scale is not None:
+            scalings = [each * float(scale.to(b.dtype)) for each, (_, b) in zip(scalings, factors, strict=True)]
+        pools = AdapterPools([a for a, _ in factors], [b for _, b in factors], scalings)
+        multi_lora_embedding_(result, x, pools, names.plan(served), base.padding_idx)
+        return result, served
+
+    def _is_served(self, name: str) -> bool:
+        """Whether the adapter is here and multi_lora_embedding_ takes it."""
+        if not self._has_adapter(name) or name in self.lora_variant:
+            return False
+        return are_factors(*self._factors(name), self.scaling[name])
 
     def _embed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Rows x of `weight`, [num_embeddings, any], under the base layer's rules."""

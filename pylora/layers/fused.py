@@ -11,15 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 
 from pylora.layers.base_weight import conv1d_class
+from pylora.layers.served import OP_DTYPES, are_plain, calls_are_observed, is_hooked
 from pylora.ops import AdapterPools, BatchPlan, lora_add, lora_linear, multi_lora_linear
-
-# Dtypes the ops compute in; a base weight of another one (quantised) goes through its module.
-_OP_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
 
 
 class Operands(NamedTuple):
@@ -99,11 +94,11 @@ def read(layer: Any, x: torch.Tensor, names: tuple[str, ...] | list[str]) -> Ope
     """
     modules = layer._modules
     base = modules["base_layer"]
-    if _calls_are_observed() or (type(base) is not nn.Linear and type(base) is not conv1d_class()) or _is_hooked(base):
+    if calls_are_observed() or (type(base) is not nn.Linear and type(base) is not conv1d_class()) or is_hooked(base):
         return None
     weight: Any = base._parameters.get("weight")
     bias: Any = base._parameters.get("bias")
-    if not _are_plain(x, weight) or not (bias is None or _are_plain(bias)) or not _fits(layer, x, weight):
+    if not are_plain(x, weight) or not (bias is None or are_plain(bias)) or not _fits(layer, x, weight):
         return None
     found, all_a, all_b, scalings, dropout_ps = [], [], [], [], []
     for name in names:
@@ -125,37 +120,11 @@ def read(layer: Any, x: torch.Tensor, names: tuple[str, ...] | list[str]) -> Ope
     return Operands(matrix, bias, found, all_a, all_b, scalings, dropout_ps)
 
 
-def _calls_are_observed() -> bool:
-    """Whether torch has to see the single calls: global module hooks, and the transforms that the ops have no rule for
-    (torch.func's, forward-mode differentiation).
-    """
-    return bool(
-        torch_module._has_any_global_hook()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its class's forward (hooks, or a forward set on the instance)."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _are_plain(*tensors: Any) -> bool:
-    return all(type(tensor) in _PLAIN_TENSORS for tensor in tensors)
-
-
 def _fits(layer: Any, x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the ops take x beside this weight. Inputs that do not fit go to the modules: torch's error is the one
     that callers know.
     """
-    if not x.is_cpu or x.is_nested or x.shape[-1:] != (layer.in_features,) or weight.dtype not in _OP_DTYPES:
+    if not x.is_cpu or x.is_nested or x.shape[-1:] != (layer.in_features,) or weight.dtype not in OP_DTYPES:
         return False
     if x.dtype is weight.dtype:
         return True
@@ -168,11 +137,11 @@ def _read_factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tens
     factors: list[Any] = []
     for container in ("lora_A", "lora_B"):
         module = layer._modules[container]._modules.get(name)
-        if type(module) is not nn.Linear or _is_hooked(module) or module._parameters.get("bias") is not None:
+        if type(module) is not nn.Linear or is_hooked(module) or module._parameters.get("bias") is not None:
             return None
         factors.append(module._parameters.get("weight"))
     a, b = factors
-    if not _are_plain(a, b) or a.dtype is not b.dtype:
+    if not are_plain(a, b) or a.dtype is not b.dtype:
         return None
     if a.dtype is not dtype and not (a.dtype is torch.float32 and layer.cast_input_dtype_enabled):
         return None
@@ -188,7 +157,7 @@ def _read_factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tens
 
 def _read_dropout(dropout: Any) -> float | None:
     """The probability in effect; None for a module that has to be called."""
-    if type(dropout) not in (nn.Identity, nn.Dropout) or _is_hooked(dropout):
+    if type(dropout) not in (nn.Identity, nn.Dropout) or is_hooked(dropout):
         return None
     if type(dropout) is nn.Identity or not dropout.training:
         return 0.0

@@ -1,4 +1,4 @@
-"""A dense layer for a batch whose rows use different adapters, fused with the base product.
+"""Layers for a batch whose rows use different adapters: a dense one, fused with the base product, and an embedding.
 
 Maths and numerics: csrc/cpu/segments.h, csrc/multi_lora/README.md. Definition: reference/multi_lora.py.
 """
@@ -78,6 +78,50 @@ def multi_lora_linear(
     return call(x, weight, bias, pools.a, pools.b, pools.scalings, dropout_p, rng, *plan)
 
 
+def multi_lora_embedding_(
+    y: Tensor, tokens: Tensor, pools: AdapterPools, plan: BatchPlan, padding_idx: int | None = None
+) -> None:
+    """Add each row's adapter to an embedding's output.
+
+    Semantics, for row i of slot s (a row of slot -1 keeps its bits)::
+
+        y[i] += pools.scalings[s] * pools.a[s][:, tokens[i]].T @ pools.b[s].T
+
+    Differentiable in y and the factors, once, in eager calls. The gradient of an adapter that no row uses is zero.
+    Saved for backward: tokens and the factors.
+
+    Args:
+        y: `[num_rows, ..., embedding_dim]`, contiguous, float32, bfloat16, float16 or float64: what the embedding
+            returned; no leaf that requires grad.
+        tokens: `[num_rows, ...]`, int64 or int32: what it was called with.
+        pools: The adapters, by slot; a is `[rank, num_embeddings]`, b `[embedding_dim, rank]`. Without dropout.
+        plan: The slots of the rows, shared by all layers of a batch.
+        padding_idx: A token that gives a no gradient.
+
+    Numerics: sums over the rank are f32 (f64 for float64); y is rounded once. What is added to a row has the same bits
+    whatever rows are beside it.
+
+    Raises:
+        ValueError: a shape, slot or number of rows does not fit; the message names the argument. y is as it was.
+        TypeError: a dtype does not fit.
+        IndexError: a token is not in the adapters' tables.
+    """
+    _refuse_dropout("multi_lora_embedding_", pools)
+    args = (y, tokens, pools.a, pools.b, pools.scalings, *plan, -1 if padding_idx is None else padding_idx)
+    if torch.compiler.is_compiling():
+        torch.ops.pylora.multi_lora_embedding_(*args)
+    else:
+        C.multi_lora_embedding_(*args)
+
+
+def _refuse_dropout(op: str, pools: AdapterPools) -> None:
+    if any(pools.dropout_p):
+        raise ValueError(f"{op}: pools: expected no dropout, got probabilities {list(pools.dropout_p)}")
+
+
+# What tracing sees in place of the kernels.
+
+
 @torch.library.register_fake("pylora::multi_lora_linear")
 def _fake_linear(
     x: Tensor,
@@ -138,3 +182,33 @@ def _fake_backward(
     if not need_factors:
         return dx, [], []
     return dx, [each.new_empty(each.shape) for each in a], [each.new_empty(each.shape) for each in b]
+
+
+@torch.library.register_fake("pylora::multi_lora_embedding_")
+def _fake_embedding(
+    y: Tensor,
+    tokens: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scalings: list[float],
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+    padding_idx: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("pylora::multi_lora_embedding_backward")
+def _fake_embedding_backward(
+    dy: Tensor,
+    tokens: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scalings: list[float],
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+    padding_idx: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [each.new_empty(each.shape) for each in a], [each.new_empty(each.shape) for each in b]

@@ -15,6 +15,7 @@ from torch import nn
 
 from pylora.errors import UnsupportedFeatureError
 from pylora.layers.merging import Delta, RowScale
+from pylora.layers.served import PLAIN_TENSORS, is_hooked
 from pylora.layers.variants.dora_cache import writes_and_trust
 from pylora.layers.variants.dora_norm import row_norms
 from pylora.layers.variants.protocol import LoraVariant
@@ -22,18 +23,6 @@ from pylora.layers.variants.registry import register_variant
 from pylora.ops import KeptNorms, dora_linear, dora_linear_norms, dora_row_squares, draw_rng, register_dora
 
 _NUMBERS = (float, int)
-_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 class DoraLinearLayer(nn.Module):
@@ -229,7 +218,7 @@ class DoraLinearVariant(_DoraOnModules):
         magnitudes = module._modules["lora_magnitude_vector"]._modules[active_adapter]
         parameters = magnitudes._parameters
         magnitude = parameters.get("weight")
-        if type(magnitudes) is not cls.layer_cls or type(magnitude) not in _PLAIN_TENSORS or _is_hooked(magnitudes):
+        if type(magnitudes) is not cls.layer_cls or type(magnitude) not in PLAIN_TENSORS or is_hooked(magnitudes):
             return None
         rng = draw_rng(x.device) if dropout_p > 0.0 else None
         if torch.compiler.is_compiling():

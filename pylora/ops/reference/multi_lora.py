@@ -1,4 +1,4 @@
-"""multi_lora_linear as its definition, in f64 and differentiable by autograd."""
+"""multi_lora_linear and its like as their definitions, in f64 and differentiable by autograd."""
 
 from collections.abc import Sequence
 
@@ -29,3 +29,21 @@ def multi_lora_linear(
             dropped = lora_dropout(x, dropout_p[slot] if dropout_p else 0.0, rng)[i]
             rows[i] = rows[i] + scalings[slot] * (dropped @ a[slot].double().T @ b[slot].double().T)
     return torch.stack(rows) if rows else y
+
+
+def multi_lora_embedding(
+    y: Tensor,
+    tokens: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    row_slots: Sequence[int],
+    padding_idx: int | None = None,
+) -> Tensor:
+    """y[i] with what adapter row_slots[i] adds for the tokens of row i, or as it is where that is -1; f64."""
+    rows = list(y.double())
+    for i, slot in enumerate(row_slots):
+        if slot >= 0:
+            found = torch.nn.functional.embedding(tokens[i], a[slot].double().T, padding_idx)
+            rows[i] = rows[i] + scalings[slot] * (found @ b[slot].double().T)
+    return torch.stack(rows) if rows else y.double()
