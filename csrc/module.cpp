@@ -106,6 +106,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("bgmv_expand_", &bgmv::eager_expand, no_gil);
   m.def("multi_lora_linear", &multi_lora::eager_linear, no_gil);
   m.def("multi_lora_embedding_", &multi_lora::eager_embedding, no_gil);
+  m.def("multi_lora_conv_", &multi_lora::eager_conv, no_gil);
   m.def("merge_", &merge::call_merge, arg("w"), arg("a"), arg("b"), arg("scalings"), arg("row_scales"), arg("log"),
         no_gil);
   m.def("unmerge_", &merge::call_unmerge, arg("w"), arg("a"), arg("b"), arg("scalings"), arg("row_scales"), arg("log"),

@@ -173,6 +173,21 @@ def multi_lora_embedding_(
     padding_idx: int,
     /,
 ) -> None: ...
+def multi_lora_conv_(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    /,
+) -> None: ...
 def merge_(
     w: Tensor,
     a: Sequence[Tensor],

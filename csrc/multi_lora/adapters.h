@@ -2,7 +2,6 @@
 // headers that it alone includes.
 #pragma once
 
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -10,28 +9,10 @@
 #include <vector>
 
 #include "binding/segments.h"
+#include "binding/tensors.h"
 #include "multi_lora/multi_lora.h"
 
 namespace pylora::multi_lora {
-
-/// Inside the op, dtypes are settled.
-struct NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
-
-/// Leading dimensions flattened; counted, since -1 is ambiguous for a width of 0.
-inline Tensor rows_of(const Tensor& t) {
-  int64_t count = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i)
-    count *= t.size(i);
-  return t.reshape({count, t.size(-1)});
-}
-
-inline std::vector<int64_t> with_width(const Tensor& t, int64_t width) {
-  std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
-  shape.back() = width;
-  return shape;
-}
 
 inline SegmentPlan check_plan(const char* op, const char* name, const Tensor& like, int64_t num_tokens,
                               int64_t num_adapters, const Tensor& order, const Tensor& indptr, const Tensor& slots) {
@@ -61,7 +42,8 @@ inline SegmentPlan check_plan(const char* op, const char* name, const Tensor& li
 
 inline std::vector<SegmentSlot> check_adapters(const char* op, const char* name, const Tensor& like,
                                                int64_t in_features, int64_t out_features, TensorList a, TensorList b,
-                                               Doubles scalings, Doubles dropout, const OptionalTensor& rng) {
+                                               Doubles scalings, Doubles dropout, const OptionalTensor& rng,
+                                               int64_t groups = 1) {
   const binding::Checks check(op);
   check.kernel_dtype(name, like);
   TORCH_CHECK_VALUE(b.size() == a.size() && scalings.size() == a.size(), op, ": b: expected as many as a, ", a.size(),
@@ -72,7 +54,7 @@ inline std::vector<SegmentSlot> check_adapters(const char* op, const char* name,
   for (size_t i = 0; i < a.size(); ++i) {
     check.kernel_dtype("a", a[i]);
     check.shape("a", a[i], {-1, in_features});
-    check.shape("b", b[i], {out_features, a[i].size(0)});
+    check.shape("b", b[i], {out_features, a[i].size(0) / groups});
     check.same_dtype("b", b[i], "a", a[i]);
     check.same_device("a", a[i], name, like);
     check.same_device("b", b[i], name, like);

@@ -68,7 +68,7 @@ inline void embedding(const Tensor& y, const Tensor& tokens, PYLORA_SERVED_ARGS,
 inline FactorGradients embedding_backward(const Tensor& dy, const Tensor& tokens, PYLORA_SERVED_ARGS,
                                           int64_t padding_idx) {
   const EmbeddingCall call(dy, tokens, PYLORA_SERVED_NAMES);
-  const Tensor v = call.new_v(dy), g = at::empty_like(v), dy_rows = binding::with_unit_columns(rows_of(dy));
+  const Tensor v = call.new_v(dy), g = at::empty_like(v), dy_rows = binding::with_unit_columns(binding::flat_rows(dy));
   FactorSums sums(a, b, v.options());
   SegmentForward again;  // a look-up is cheaper than keeping what it gave
   again.shape = call.shape;

@@ -4,11 +4,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "binding/tensors.h"
 
 namespace pylora::multi_lora {
 
@@ -33,30 +34,27 @@ using variable_list = std::vector<Tensor>;
   TensorList, TensorList, Doubles, Doubles, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&
 #define PYLORA_MULTI_LORA_NAMES a, b, scalings, dropout, rng, order, indptr, slots
 
-template <class Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
-}
-
 inline Tensor call_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, PYLORA_MULTI_LORA_ARGS) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, PYLORA_MULTI_LORA_TYPES)>(
-      "pylora::multi_lora_linear");
+  static const auto op =
+      binding::find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, PYLORA_MULTI_LORA_TYPES)>(
+          "pylora::multi_lora_linear");
   return op.call(x, weight, bias, PYLORA_MULTI_LORA_NAMES);
 }
 
 inline std::tuple<Tensor, Tensor> call_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                                PYLORA_MULTI_LORA_ARGS) {
   static const auto op =
-      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, PYLORA_MULTI_LORA_TYPES)>(
-          "pylora::multi_lora_linear_forward");
+      binding::find_operator<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                                        PYLORA_MULTI_LORA_TYPES)>("pylora::multi_lora_linear_forward");
   return op.call(x, weight, bias, PYLORA_MULTI_LORA_NAMES);
 }
 
 using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 inline Gradients call_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& v,
                                PYLORA_MULTI_LORA_ARGS, bool need_x, bool need_factors) {
-  static const auto op = find_op<Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                           PYLORA_MULTI_LORA_TYPES, bool, bool)>("pylora::multi_lora_linear_backward");
+  static const auto op =
+      binding::find_operator<Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                       PYLORA_MULTI_LORA_TYPES, bool, bool)>("pylora::multi_lora_linear_backward");
   return op.call(dy, x, weight, v, PYLORA_MULTI_LORA_NAMES, need_x, need_factors);
 }
 
@@ -69,19 +67,46 @@ inline Gradients call_backward(const Tensor& dy, const Tensor& x, const Optional
 using FactorGradients = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
 
 inline void call_embedding(const Tensor& y, const Tensor& tokens, PYLORA_SERVED_ARGS, int64_t padding_idx) {
-  static const auto op =
-      find_op<void(const Tensor&, const Tensor&, PYLORA_SERVED_TYPES, int64_t)>("pylora::multi_lora_embedding_");
+  static const auto op = binding::find_operator<void(const Tensor&, const Tensor&, PYLORA_SERVED_TYPES, int64_t)>(
+      "pylora::multi_lora_embedding_");
   op.call(y, tokens, PYLORA_SERVED_NAMES, padding_idx);
 }
 
 inline FactorGradients call_embedding_backward(const Tensor& dy, const Tensor& tokens, PYLORA_SERVED_ARGS,
                                                int64_t padding_idx) {
-  static const auto op = find_op<FactorGradients(const Tensor&, const Tensor&, PYLORA_SERVED_TYPES, int64_t)>(
-      "pylora::multi_lora_embedding_backward");
+  static const auto op =
+      binding::find_operator<FactorGradients(const Tensor&, const Tensor&, PYLORA_SERVED_TYPES, int64_t)>(
+          "pylora::multi_lora_embedding_backward");
   return op.call(dy, tokens, PYLORA_SERVED_NAMES, padding_idx);
 }
 
+/// How a convolution slides: a number for each spatial dimension, padding with zeros on both sides.
+#define PYLORA_SLIDING_ARGS at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups
+#define PYLORA_SLIDING_TYPES at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t
+#define PYLORA_SLIDING_NAMES stride, padding, dilation, groups
+
+inline void call_conv(const Tensor& y, const Tensor& x, PYLORA_SERVED_ARGS, PYLORA_SLIDING_ARGS) {
+  static const auto op =
+      binding::find_operator<void(const Tensor&, const Tensor&, PYLORA_SERVED_TYPES, PYLORA_SLIDING_TYPES)>(
+          "pylora::multi_lora_conv_");
+  op.call(y, x, PYLORA_SERVED_NAMES, PYLORA_SLIDING_NAMES);
+}
+
+inline Gradients call_conv_backward(const Tensor& dy, const Tensor& x, PYLORA_SERVED_ARGS, PYLORA_SLIDING_ARGS,
+                                    bool need_x) {
+  static const auto op =
+      binding::find_operator<Gradients(const Tensor&, const Tensor&, PYLORA_SERVED_TYPES, PYLORA_SLIDING_TYPES, bool)>(
+          "pylora::multi_lora_conv_backward");
+  return op.call(dy, x, PYLORA_SERVED_NAMES, PYLORA_SLIDING_NAMES, need_x);
+}
+
 /// As pybind11 calls them.
+inline void eager_conv(const Tensor& y, const Tensor& x, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                       const std::vector<double>& scalings, const Tensor& order, const Tensor& indptr,
+                       const Tensor& slots, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                       const std::vector<int64_t>& dilation, int64_t groups) {
+  call_conv(y, x, PYLORA_SERVED_NAMES, PYLORA_SLIDING_NAMES);
+}
 inline void eager_embedding(const Tensor& y, const Tensor& tokens, const std::vector<Tensor>& a,
                             const std::vector<Tensor>& b, const std::vector<double>& scalings, const Tensor& order,
                             const Tensor& indptr, const Tensor& slots, int64_t padding_idx) {

@@ -1,6 +1,7 @@
 // pylora::multi_lora_linear: schema, checks, kernels, derivatives. The family's other ops are in headers beside it.
 #include "multi_lora/multi_lora.h"
 
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
@@ -8,6 +9,7 @@
 #include <torch/library.h>
 
 #include "multi_lora/adapters.h"
+#include "multi_lora/conv.h"
 #include "multi_lora/embedding.h"
 
 namespace pylora::multi_lora {
@@ -28,8 +30,8 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight,
     check.same_device("bias", *bias, "x", x);
   }
   const auto adapters = check_adapters(kOp, "x", x, x.size(-1), weight.size(0), a, b, scalings, dropout, rng);
-  const NoAutocast settled;
-  const Tensor x_rows = binding::with_unit_columns(rows_of(x));
+  const binding::NoAutocast settled;
+  const Tensor x_rows = binding::with_unit_columns(binding::flat_rows(x));
   const SegmentPlan plan =
       check_plan(kOp, "x", x, x_rows.size(0), static_cast<int64_t>(a.size()), order, indptr, slots);
   const Tensor y = binding::dense_product(x_rows, weight, bias);
@@ -43,7 +45,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight,
       at::empty({x_rows.size(0), args.shape.v_stride}, x.options().dtype(binding::accumulator_type(x.scalar_type())));
   args.v = v.mutable_data_ptr();
   binding::throw_unless_ok(segments_forward_cpu(binding::cpu_context(), args));
-  return {y.view(with_width(x, weight.size(0))), v};
+  return {y.view(binding::shape_with_width(x, weight.size(0))), v};
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, PYLORA_MULTI_LORA_ARGS) {
@@ -53,14 +55,15 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
 /// Gradients of x, and of all factors or none. An adapter that no row uses gets zeros.
 Gradients linear_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& v,
                           PYLORA_MULTI_LORA_ARGS, bool need_x, bool need_factors) {
-  const NoAutocast settled;
+  const binding::NoAutocast settled;
   const binding::Checks check(kOp);
   check.dim_at_least("dy", dy, 1);
-  check.shape("x", x, with_width(dy, -1));
+  check.shape("x", x, binding::shape_with_width(dy, -1));
   check.same_dtype("x", x, "dy", dy);
   const int64_t in_features = x.size(-1), out_features = dy.size(-1);
   const auto adapters = check_adapters(kOp, "dy", dy, in_features, out_features, a, b, scalings, dropout, rng);
-  const Tensor dy_rows = binding::with_unit_columns(rows_of(dy)), x_rows = binding::with_unit_columns(rows_of(x));
+  const Tensor dy_rows = binding::with_unit_columns(binding::flat_rows(dy)),
+               x_rows = binding::with_unit_columns(binding::flat_rows(x));
   const int64_t rank = largest_rank(adapters);
   check.shape("v", v, {dy_rows.size(0), rank});
   const auto sums = dy.options().dtype(binding::accumulator_type(dy.scalar_type()));
@@ -85,7 +88,7 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const OptionalTenso
   args.db = need_factors ? factor_sums.db_pointers.data() : nullptr;
   binding::throw_unless_ok(segments_backward_cpu(binding::cpu_context(), args));
   auto [da, db] = factor_sums.as_gradients(a, b);
-  return {need_x ? dx.view(with_width(dy, in_features)) : dx, std::move(da), std::move(db)};
+  return {need_x ? dx.view(binding::shape_with_width(dy, in_features)) : dx, std::move(da), std::move(db)};
 }
 
 // ---- derivatives ----
@@ -131,8 +134,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                       ctx->saved_data["scalings"].toDoubleVector(), ctx->saved_data["dropout"].toDoubleVector(), rng,
                       saved[4], saved[5], saved[6], ctx->needs_input_grad(kX), need_factors);
     const bool has_bias = ctx->saved_data["bias"].toBool();
-    const Tensor dweight = ctx->needs_input_grad(kWeight) ? at::mm(rows_of(dy).t(), rows_of(x)) : Tensor();
-    const Tensor dbias = has_bias && ctx->needs_input_grad(kFactors + factors) ? at::sum(rows_of(dy), 0) : Tensor();
+    const Tensor dweight =
+        ctx->needs_input_grad(kWeight) ? at::mm(binding::flat_rows(dy).t(), binding::flat_rows(x)) : Tensor();
+    const Tensor dbias =
+        has_bias && ctx->needs_input_grad(kFactors + factors) ? at::sum(binding::flat_rows(dy), 0) : Tensor();
     variable_list result = {ctx->needs_input_grad(kX) ? dx : Tensor(), dweight};
     for (size_t i = 0; i < factors; ++i) {
       const std::vector<Tensor>& grads = i < factors / 2 ? da : db;
@@ -178,6 +183,8 @@ Tensor linear_autocast(const Tensor& x, const Tensor& weight, const OptionalTens
 
 #define PYLORA_SERVED_SCHEMA "Tensor[] a, Tensor[] b, float[] scalings, Tensor order, Tensor indptr, Tensor slots"
 
+#define PYLORA_SLIDING_SCHEMA "int[] stride, int[] padding, int[] dilation, int groups"
+
 TORCH_LIBRARY_FRAGMENT(pylora, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("multi_lora_linear(Tensor x, Tensor weight, Tensor? bias, " PYLORA_MULTI_LORA_SCHEMA ") -> Tensor", tags);
@@ -191,6 +198,10 @@ TORCH_LIBRARY_FRAGMENT(pylora, m) {
   m.def("multi_lora_embedding_backward(Tensor dy, Tensor tokens, " PYLORA_SERVED_SCHEMA
         ", int padding_idx) -> (Tensor[] da, Tensor[] db)",
         tags);
+  m.def("multi_lora_conv_(Tensor(a!) y, Tensor x, " PYLORA_SERVED_SCHEMA ", " PYLORA_SLIDING_SCHEMA ") -> ()", tags);
+  m.def("multi_lora_conv_backward(Tensor dy, Tensor x, " PYLORA_SERVED_SCHEMA ", " PYLORA_SLIDING_SCHEMA
+        ", bool need_x) -> (Tensor dx, Tensor[] da, Tensor[] db)",
+        tags);
 }
 
 TORCH_LIBRARY_IMPL(pylora, CPU, m) {
@@ -199,11 +210,14 @@ TORCH_LIBRARY_IMPL(pylora, CPU, m) {
   m.impl("multi_lora_linear_backward", &linear_backward);
   m.impl("multi_lora_embedding_", &embedding);
   m.impl("multi_lora_embedding_backward", &embedding_backward);
+  m.impl("multi_lora_conv_", &conv);
+  m.impl("multi_lora_conv_backward", &conv_backward);
 }
 
 TORCH_LIBRARY_IMPL(pylora, Autograd, m) {
   m.impl("multi_lora_linear", &linear_autograd);
   m.impl("multi_lora_embedding_", &embedding_autograd);
+  m.impl("multi_lora_conv_", &conv_autograd);
 }
 
 TORCH_LIBRARY_IMPL(pylora, AutocastCPU, m) { m.impl("multi_lora_linear", &linear_autocast); }

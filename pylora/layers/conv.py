@@ -13,6 +13,9 @@ from torch import nn
 from pylora.layers.base_weight import ConvBaseWeight
 from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.registry import register_layer
+from pylora.layers.row_names import RowNames
+from pylora.layers.served import OP_DTYPES, adds_in_place, are_factors, is_hooked
+from pylora.ops import AdapterPools, multi_lora_conv_
 
 _TORCH_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -103,6 +106,42 @@ class _ConvNd(DeltaLayer):
         if groups > 1:
             raise NotImplementedError("Merging is not supported for _ConvNd layers with groups > 1!")
         return lora_a.weight.flatten(1), lora_b.weight.flatten(1)
+
+    def _fused_mixed_batch(self, x: torch.Tensor, names: RowNames) -> tuple[torch.Tensor, tuple[str, ...]] | None:
+        served = tuple(name for name in names.rows_of if self._is_served(name))
+        if not served or not adds_in_place():
+            return None
+        base: Any = self.get_base_layer()
+        result = self.base_layer(x)
+        if not x.is_cpu or x.dim() != self._kernel_dim or result.dtype not in OP_DTYPES or not result.is_contiguous():
+            return result, ()
+        padding = base.padding
+        if isinstance(padding, str) or base.padding_mode != "zeros":
+            mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=mode), (0,) * self._dim
+        a: list[Any] = [self.lora_A[name] for name in served]
+        b: list[Any] = [self.lora_B[name] for name in served]
+        scalings = [float(self.scaling[name]) for name in served]
+        pools = AdapterPools([each.weight for each in a], [each.weight for each in b], scalings)
+        # Under autocast the base layer's output has the narrower dtype, in which A computes there too.
+        x = x.to(result.dtype)
+        multi_lora_conv_(result, x, pools, names.plan(served), base.stride, padding, base.dilation, base.groups)
+        return result, served
+
+    def _is_served(self, name: str) -> bool:
+        """Whether the adapter is here and multi_lora_conv_ takes it: none that drops elements of its input."""
+        if not self._has_adapter(name) or name in self.lora_variant:
+            return False
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        dropout = self.lora_dropout[name]
+        if type(a) not in _TORCH_CLASSES or type(b) not in _TORCH_CLASSES or b.bias is not None:
+            return False
+        if is_hooked(a) or is_hooked(b) or is_hooked(dropout):
+            return False
+        drops = type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
+        fits = self.cast_input_dtype_enabled or a.weight.dtype is self.weight.dtype
+        return fits and not drops and are_factors(a.weight, b.weight, self.scaling[name])
 
     def _base_weight(self) -> ConvBaseWeight:
         return ConvBaseWeight(self.get_base_layer(), transposed=False)

@@ -6,7 +6,7 @@ from pylora.ops.dora import KeptNorms, dora_linear, dora_linear_norms, dora_row_
 from pylora.ops.lanczos import bidiagonalise_, gram_product, ritz_residuals
 from pylora.ops.lora import draw_rng, lora_add, lora_dropout, lora_linear
 from pylora.ops.merge import merge_, merge_is_finite, swap_, unmerge_
-from pylora.ops.multi_lora import AdapterPools, multi_lora_embedding_, multi_lora_linear
+from pylora.ops.multi_lora import AdapterPools, multi_lora_conv_, multi_lora_embedding_, multi_lora_linear
 from pylora.ops.plan import BatchPlan
 from pylora.ops.select import keep_largest
 from pylora.ops.sgmv import sgmv_, sgmv_expand_, sgmv_shrink
@@ -34,6 +34,7 @@ __all__ = [
     "lora_linear",
     "merge_",
     "merge_is_finite",
+    "multi_lora_conv_",
     "multi_lora_embedding_",
     "multi_lora_linear",
     "register_dora",

@@ -1,4 +1,5 @@
-"""Layers for a batch whose rows use different adapters: a dense one, fused with the base product, and an embedding.
+"""Layers for a batch whose rows use different adapters: a dense one, fused with the base product, an
+embedding and a convolution.
 
 Maths and numerics: csrc/cpu/segments.h, csrc/multi_lora/README.md. Definition: reference/multi_lora.py.
 """
@@ -114,6 +115,48 @@ def multi_lora_embedding_(
         C.multi_lora_embedding_(*args)
 
 
+def multi_lora_conv_(
+    y: Tensor,
+    x: Tensor,
+    pools: AdapterPools,
+    plan: BatchPlan,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> None:
+    """Add each row's adapter to a convolution's output, of one, two or three spatial dimensions.
+
+    Semantics, for row i of slot s (a row of slot -1 keeps its bits)::
+
+        v = conv(x[i], pools.a[s], stride, padding, dilation)
+        y[i] += pools.scalings[s] * conv(v, pools.b[s], groups=groups)
+
+    Differentiable in y, x and the factors, once, in eager calls. The gradient of an adapter that no row uses is zero.
+    Saved for backward: x and the factors.
+
+    Args:
+        y: `[num_rows, out_channels, *positions]`, contiguous, float32, bfloat16, float16 or float64: what the
+            convolution returned; no leaf that requires grad.
+        x: `[num_rows, in_channels, *sizes]`, y's dtype.
+        pools: The adapters, by slot; a is `[rank, in_channels, *kernel]`, b `[out_channels, rank / groups, 1, ...]`.
+            Without dropout.
+        plan: The slots of the rows, shared by all layers of a batch.
+        stride, padding, dilation: How a slides; a number for each spatial dimension. Zeros pad both sides.
+        groups: Of b.
+
+    Numerics: csrc/cpu/segments_conv.h. Sums are f32 (f64 for float64); y is rounded once. What is added to a row has
+    the same bits whatever rows are beside it.
+
+    Raises:
+        ValueError: a shape, slot or number of rows does not fit; the message names the argument. y is as it was.
+        TypeError: a dtype does not fit.
+    """
+    _refuse_dropout("multi_lora_conv_", pools)
+    call = torch.ops.pylora.multi_lora_conv_ if torch.compiler.is_compiling() else C.multi_lora_conv_
+    call(y, x, pools.a, pools.b, pools.scalings, *plan, stride, padding, dilation, groups)
+
+
 def _refuse_dropout(op: str, pools: AdapterPools) -> None:
     if any(pools.dropout_p):
         raise ValueError(f"{op}: pools: expected no dropout, got probabilities {list(pools.dropout_p)}")
@@ -212,3 +255,41 @@ def _fake_embedding_backward(
     padding_idx: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     return [each.new_empty(each.shape) for each in a], [each.new_empty(each.shape) for each in b]
+
+
+@torch.library.register_fake("pylora::multi_lora_conv_")
+def _fake_conv(
+    y: Tensor,
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scalings: list[float],
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("pylora::multi_lora_conv_backward")
+def _fake_conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scalings: list[float],
+    order: Tensor,
+    indptr: Tensor,
+    slots: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_x: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    dx = x.new_empty(x.shape if need_x else (0,))
+    return dx, [each.new_empty(each.shape) for each in a], [each.new_empty(each.shape) for each in b]

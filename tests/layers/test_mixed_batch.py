@@ -11,10 +11,17 @@ from pylora import LoraConfig, get_peft_model
 from pylora.layers.delta_layer import DeltaLayer
 
 NAMES = ["b", "default", "__base__", "b", "c", "__base__"]
-OPS = {"embedding": "pylora.layers.embedding.multi_lora_embedding_"}
+OPS = ("pylora.layers.embedding.multi_lora_embedding_", "pylora.layers.conv.multi_lora_conv_")
 LAYERS = {
     "embedding": lambda: (nn.Embedding(30, 12, padding_idx=2), torch.arange(24).view(6, 4) % 13),
     "embedding, a token a row": lambda: (nn.Embedding(30, 12), torch.arange(6)),
+    "conv1d": lambda: (nn.Conv1d(6, 8, 3, padding=1), torch.randn(6, 6, 37)),
+    "conv1d, same, even": lambda: (nn.Conv1d(6, 8, 4, padding="same"), torch.randn(6, 6, 37)),
+    "conv2d": lambda: (nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2)), torch.randn(6, 6, 9, 7)),
+    "conv2d, patches": lambda: (nn.Conv2d(3, 12, 4, stride=4), torch.randn(6, 3, 12, 8)),
+    "conv2d, reflected": lambda: (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), torch.randn(6, 3, 9, 8)),
+    "conv2d, groups": lambda: (nn.Conv2d(6, 8, 3, groups=2), torch.randn(6, 6, 9, 7)),
+    "conv3d": lambda: (nn.Conv3d(4, 5, 2, padding=(0, 1, 0)), torch.randn(6, 4, 5, 4, 3)),
 }
 
 
@@ -44,7 +51,7 @@ def calls(monkeypatch):
 
         return call
 
-    for path in OPS.values():
+    for path in OPS:
         module, name = path.rsplit(".", 1)
         monkeypatch.setattr(path, counted(getattr(__import__(module, fromlist=[name]), name), "op"))
     for cls in (DeltaLayer, *DeltaLayer.__subclasses__()):
@@ -167,3 +174,33 @@ def test_scaled_embedding(calls) -> None:
         assert calls == {"op": 1, "modules": 0}
         torch.testing.assert_close(mixed[1], layer(x)[1])
         torch.testing.assert_close(mixed[0], module(x)[0])
+
+
+def test_convolutions_with_dropout_in_training_run_one_by_one(calls) -> None:
+    model, _, x = wrapped("conv2d", lora_dropout=0.5)
+    model.train()
+    model.base_model.set_adapter(["default", "b", "c"])
+    with pylora.mixed_training(model, NAMES):
+        model(x)
+    assert calls == {"op": 0, "modules": 3}
+
+
+def test_hooks_on_a_factor_of_a_convolution_run(calls) -> None:
+    _, layer, x = wrapped("conv1d")
+    seen = []
+    with torch.no_grad():
+        before = layer(x, adapter_names=NAMES)
+        layer.lora_A["b"].register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(layer(x, adapter_names=NAMES), before, rtol=1e-5, atol=1e-5)
+    assert seen == [1]
+    assert calls == {"op": 2, "modules": 1}
+
+
+def test_autocast_of_a_convolution() -> None:
+    _, layer, x = wrapped("conv2d")
+    with torch.no_grad():
+        expected = layer(x, adapter_names=NAMES)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x, adapter_names=NAMES)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.1)

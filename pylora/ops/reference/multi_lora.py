@@ -47,3 +47,26 @@ def multi_lora_embedding(
             found = torch.nn.functional.embedding(tokens[i], a[slot].double().T, padding_idx)
             rows[i] = rows[i] + scalings[slot] * (found @ b[slot].double().T)
     return torch.stack(rows) if rows else y.double()
+
+
+def multi_lora_conv(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    row_slots: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """y[i] with what adapter row_slots[i] adds for x[i], or as it is where that is -1; f64."""
+    functional = torch.nn.functional
+    conv = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
+    rows = list(y.double())
+    for i, slot in enumerate(row_slots):
+        if slot >= 0:
+            v = conv(x[i].double(), a[slot].double(), None, stride, padding, dilation)
+            rows[i] = rows[i] + scalings[slot] * conv(v, b[slot].double(), groups=groups)
+    return torch.stack(rows) if rows else y.double()
