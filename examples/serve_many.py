@@ -12,6 +12,8 @@ import argparse
 import random
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pylora import LoraConfig
-from pylora.serving import AdapterPool, PoolSpec, Request, ServingRuntime
+from pylora.serving import AdapterPool, Answer, ContinuousRuntime, PoolSpec, Request, ServingRuntime
 
 TARGETS = ["q_proj", "v_proj"]
 BATCH = 16
@@ -59,14 +61,17 @@ def make_requests(count: int, num_adapters: int) -> list[Request]:
     return requests
 
 
-def timed(runtime: ServingRuntime, requests: list[Request]) -> float:
+def in_batches(runtime: ServingRuntime, requests: list[Request]) -> list[Answer]:
+    return [each for first in range(0, len(requests), BATCH) for each in runtime.serve(requests[first : first + BATCH])]
+
+
+def timed(serve: Callable[[list[Request]], list[Answer]], requests: list[Request]) -> float:
     """Tokens a second."""
     start, tokens = time.perf_counter(), 0
-    for first in range(0, len(requests), BATCH):
-        for answer in runtime.serve(requests[first : first + BATCH]):
-            if answer.error is not None:
-                raise answer.error
-            tokens += len(answer.tokens)
+    for answer in serve(requests):
+        if answer.error is not None:
+            raise answer.error
+        tokens += len(answer.tokens)
     return tokens / (time.perf_counter() - start)
 
 
@@ -90,12 +95,17 @@ def run(folder: Path, num_adapters: int, num_slots: int, num_requests: int) -> N
 
         requests = make_requests(num_requests, num_adapters)
         base_requests = [Request(each.prompt, None, each.max_new_tokens) for each in requests]
-        timed(runtime, base_requests[:BATCH])  # the first batch is slower
-        base = timed(runtime, base_requests)
-        mixed = timed(runtime, requests)
+        serve = partial(in_batches, runtime)
+        timed(serve, base_requests[:BATCH])  # the first batch is slower
+        base = timed(serve, base_requests)
+        mixed = timed(serve, requests)
         stats = pool.stats()
+        runtime.detach()
+        with ContinuousRuntime(model, pool) as continuous:
+            joined = timed(continuous.serve, requests)
         print(f"{num_requests} requests over {num_adapters} adapters, {pool.num_slots} slots:")
         print(f"  {mixed:.0f} tokens/s, {mixed / base:.2f} of the base model's {base:.0f}")
+        print(f"  {joined:.0f} tokens/s by continuous batching")
         print(
             f"  {stats.hits} hits, {stats.misses} misses, {stats.load_times.total * 1e3 / stats.misses:.2f} ms a load"
         )
