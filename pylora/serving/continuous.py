@@ -63,8 +63,8 @@ class ContinuousRuntime:
         self.attached = AttachedPool(model, pool)
         self._manager: Any = None
         self._is_streaming = threading.Lock()
-        self._step = threading.Lock()  # held while the model computes; guards _slots
-        self._slots: dict[str, int] = {}  # of the manager's requests; -1 for none
+        self._step = threading.Lock()  # held while the model computes
+        self._slots: dict[str, int] = {}  # of the manager's requests; -1 for the base model and what was cancelled
         self._ids = map("pylora-{}".format, itertools.count())
 
     def __enter__(self) -> Self:
@@ -128,8 +128,7 @@ class ContinuousRuntime:
                     raise RuntimeError("ContinuousRuntime: the generation thread has ended")
         finally:
             for name in flow.running:
-                self._manager.cancel_request(name)
-                self._give_back(name)
+                self._cancel(name)
             self._is_streaming.release()
 
     def _admit(self, flow: _Flow) -> Iterator[Token]:
@@ -155,8 +154,7 @@ class ContinuousRuntime:
 
     def _submit(self, flow: _Flow, index: int, request: Request, slot: int) -> None:
         name = next(self._ids)
-        with self._step:
-            self._slots[name] = slot
+        self._slots[name] = slot
         flow.running[name] = [index, 0]
         self._manager.add_request(
             list(request.prompt), request_id=name, max_new_tokens=request.max_new_tokens, streaming=True
@@ -179,14 +177,15 @@ class ContinuousRuntime:
         is_over = output.is_finished()
         if is_over:
             del flow.running[output.request_id]
-            self._give_back(output.request_id)
+            self.pool.release([self._slots.pop(output.request_id)])
         for token in output.generated_tokens[told:]:
             yield Token(index, token)
         if is_over:
             yield Token(index, None, None if output.error is None else RuntimeError(output.error))
 
-    def _give_back(self, name: str) -> None:
-        """Release a request's slot, not before the step that may use it. A cancelled one may be in one more step."""
+    def _cancel(self, name: str) -> None:
+        """Take a request back, and its slot after the step that may use it. It may be in one more, without slot."""
+        self._manager.cancel_request(name)
         with self._step:
             slot, self._slots[name] = self._slots[name], -1
         self.pool.release([slot])
