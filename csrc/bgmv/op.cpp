@@ -15,10 +15,18 @@ struct Rows {
 
   explicit Rows(std::vector<Tensor> given) : tensors(std::move(given)) {}
 
-  SegmentPlan plan(const char* op, int64_t num_tokens, int64_t num_slots) {
+  SegmentPlan plan(const char* op, const Tensor& like, int64_t num_slots) {
     const Tensor& slots = tensors[0];
-    binding::check_indices(op, "token_slots", slots, num_tokens);
+    const int64_t num_tokens = like.size(0);
+    binding::check_indices(op, "token_slots", slots, num_tokens, like);
     binding::check_slots(op, "token_slots", slots, num_slots);
+    if (!slots.is_cpu()) {
+      SegmentPlan plan;
+      plan.num_segments = num_tokens;
+      plan.slots = slots.const_data_ptr<int32_t>();
+      plan.on_device = true;
+      return plan;
+    }
     scratch.resize(static_cast<size_t>(scratch_size(num_tokens, num_slots)));
     return group_by_slot(slots.const_data_ptr<int32_t>(), num_tokens, num_slots, scratch.data());
   }

@@ -87,8 +87,10 @@ inline at::Tensor run_product(GemmArgs args, const std::optional<at::Tensor>& bi
   return y;
 }
 
-/// x w^T + bias, contiguous: x [rows, depth], w [columns, depth] with any strides, all of one dtype.
+/// x w^T + bias, contiguous: x [rows, depth], w [columns, depth] with any strides, all of one dtype. On other devices
+/// than the CPU torch's.
 inline at::Tensor dense_product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
+  if (!x.is_cpu()) return at::linear(x, w, bias).contiguous();
   const TokenRows rows(x);
   const GemmArgs args = product_args(rows, w);
   return gemm_is_better(args) ? run_product(args, bias, x) : at::linear(x, w, bias).contiguous();

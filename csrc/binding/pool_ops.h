@@ -1,6 +1,7 @@
 // The four ops of sgmv and of bgmv, which differ in how a plan is given: `Rows` holds those tensors.
 //   static const char* kAdd, kShrink, kExpand          names, for messages
-//   Rows(tensors).plan(op, num_tokens, num_slots)      checks them and makes the plan, which lives as long as Rows
+//   Rows(tensors).plan(op, like, num_slots)            checks them and makes the plan, which lives as long as Rows; like:
+//                                                      the activations, a row a token
 //   Rows(tensors).call_add(...)                        the op, through the dispatcher
 #pragma once
 
@@ -40,7 +41,7 @@ struct PoolOps {
     TORCH_CHECK_TYPE(v.scalar_type() == accumulator_type(y.scalar_type()), Rows::kExpand, ": v: expected ",
                      accumulator_type(y.scalar_type()), ", got ", v.scalar_type());
     check_width(pools, y, y.size(0));
-    const SegmentPlan plan = rows.plan(Rows::kExpand, y.size(0), pools.num_slots());
+    const SegmentPlan plan = rows.plan(Rows::kExpand, y, pools.num_slots());
     pools_expand(pools, plan, v.contiguous(), y);
   }
 
@@ -49,7 +50,7 @@ struct PoolOps {
     Checks(pools.op).shape("x", x, {-1, -1});
     pools.check(x);
     check_rows(pools.op, "x", x, -1, pools.a[0].size(2));
-    return rows.plan(pools.op, x.size(0), pools.num_slots());
+    return rows.plan(pools.op, x, pools.num_slots());
   }
 
   static void check_width(const Pools& pools, const Tensor& y, int64_t num_tokens) {
@@ -106,7 +107,7 @@ struct PoolFunction : torch::autograd::Function<PoolFunction<Rows>> {
     const Pools pools{Rows::kAdd,         list.slice(0, slices),
                       list.slice(slices), saved[2],
                       &saved[3],          ctx->saved_data["out_first"].toBool()};
-    const SegmentPlan plan = rows.plan(Rows::kAdd, dy.size(0), pools.num_slots());
+    const SegmentPlan plan = rows.plan(Rows::kAdd, dy, pools.num_slots());
     PoolGradients grads = pools_backward(pools, plan, dy, saved[0], saved[1], ctx->needs_input_grad(1), need_a, need_b);
     variable_list result = {dy, grads.dx};
     result.insert(result.end(), grads.da.begin(), grads.da.end());

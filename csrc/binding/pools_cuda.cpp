@@ -4,72 +4,71 @@
 
 #include <c10/core/DeviceGuard.h>
 
-#include <cstring>
+#include <algorithm>
 
 #include "binding/segments.h"
-#include "cuda/segments.h"
+#include "cuda/batch.h"
 
 namespace pylora::binding {
 namespace {
 
-/// Items, order, ranks and scalings of a call in device memory.
-struct DevicePlan {
-  Tensor words;  // int32, owns what follows
+/// A call's plan, ranks and scalings in device memory.
+struct DeviceBatch {
+  Tensor memory;  // counters, then what was sent, then the plan
   cuda::Plan plan;
   cuda::Slots slots;
+  int32_t* counters = nullptr;
 };
 
-/// Segments cut into items of at most `item_rows` rows; rows without an adapter are in none.
-std::vector<cuda::Item> items_of(const SegmentPlan& plan, int64_t item_rows) {
-  std::vector<cuda::Item> items;
-  for (int64_t s = 0; s < plan.num_segments; ++s) {
-    const int64_t end = plan.begin_of(s + 1);
-    if (plan.slots[s] < 0) continue;
-    for (int64_t first = plan.begin_of(s); first < end; first += item_rows)
-      items.push_back(
-          {static_cast<int32_t>(first), static_cast<int32_t>(std::min(item_rows, end - first)), plan.slots[s], 0});
-  }
-  return items;
+cuda::BatchPlan batch_plan(const Pools& pools, const SegmentPlan& plan, const Tensor& rows) {
+  return {plan, rows.size(0), pools.num_slots()};
 }
 
-DevicePlan to_device(const Pools& pools, const SegmentPlan& plan, int64_t num_rows, int64_t item_rows,
-                     const Tensor& like) {
-  const std::vector<cuda::Item> items = items_of(plan, item_rows);
-  const int64_t item_words = static_cast<int64_t>(items.size()) * 4, positions = plan.num_positions();
-  const int64_t num_slots = pools.num_slots();
-  const Tensor host = at::empty({item_words + 4 + positions + 2 * num_slots}, at::TensorOptions().dtype(at::kInt));
-  int32_t* words = host.mutable_data_ptr<int32_t>();
-  std::memcpy(words, items.data(), items.size() * sizeof(cuda::Item));
-  words[item_words] = static_cast<int32_t>(items.size());
-  int32_t* order = words + item_words + 4;
-  for (int64_t p = 0; p < positions; ++p)
-    order[p] = static_cast<int32_t>(plan.token(p));
-  std::memcpy(order + positions, pools.ranks.const_data_ptr<int32_t>(), static_cast<size_t>(num_slots) * 4);
-  if (pools.scalings)
-    std::memcpy(order + positions + num_slots, pools.scalings->const_data_ptr<float>(),
-                static_cast<size_t>(num_slots) * 4);
-  DevicePlan result;
-  result.words = host.to(like.device());
-  const int32_t* on_device = result.words.const_data_ptr<int32_t>();
-  result.plan.items = reinterpret_cast<const cuda::Item*>(on_device);
-  result.plan.num_items = on_device + item_words;
-  result.plan.order = on_device + item_words + 4;
-  result.plan.max_items = static_cast<int64_t>(items.size());
-  result.plan.num_rows = num_rows;
-  result.slots.ranks = result.plan.order + positions;
-  if (pools.scalings) result.slots.scalings = reinterpret_cast<const float*>(result.plan.order + positions + num_slots);
-  result.slots.max_rank = pools.max_rank();
-  return result;
+/// How the rows of a batch are cut.
+struct Cut {
+  int item_rows = cuda::kItemRows;  // 0: a row each, no plan is made
+  int64_t num_counters = 0;
+};
+
+DeviceBatch to_device(const Pools& pools, const SegmentPlan& given, const Tensor& rows, const Cut& cut) {
+  const cuda::BatchPlan plan = batch_plan(pools, given, rows);
+  const int64_t num_slots = pools.num_slots(), counter_bytes = align_up(cut.num_counters * 4);
+  const int64_t sent_bytes = align_up(cuda::uploaded_bytes(plan) + 2 * cuda::padded(num_slots * 4));
+  const int64_t made_bytes = cut.item_rows > 0 ? cuda::plan_bytes(plan, cut.item_rows) : 0;
+  DeviceBatch batch;
+  batch.memory = workspace_of(counter_bytes + sent_bytes + made_bytes, rows);
+  char* const memory = static_cast<char*>(batch.memory.mutable_data_ptr());
+  batch.counters = reinterpret_cast<int32_t*>(memory);
+  const Context context = device_context(rows.device());
+  cuda::Upload upload(context, memory + counter_bytes, batch.counters, cut.num_counters);
+  const auto on_device = [&](const Tensor& t) {
+    return t.is_cpu() ? upload.add(t.const_data_ptr(), num_slots * 4) : t.const_data_ptr();
+  };
+  batch.slots.ranks = static_cast<const int32_t*>(on_device(pools.ranks));
+  if (pools.scalings) batch.slots.scalings = static_cast<const float*>(on_device(*pools.scalings));
+  batch.slots.max_rank = pools.max_rank();
+  const cuda::BatchPlan sent = cuda::on_device(plan, upload);
+  throw_unless_ok(upload.finish());
+  if (cut.item_rows > 0) {
+    throw_unless_ok(cuda::queue_plan(context, sent, cut.item_rows, memory + counter_bytes + sent_bytes, &batch.plan));
+  } else {
+    batch.plan.max_items = batch.plan.num_rows = rows.size(0);
+  }
+  return batch;
+}
+
+int64_t shrink_counters(const Pools& pools, const SegmentPlan& plan, const Tensor& rows) {
+  const auto slices = static_cast<int>(std::min<size_t>(std::max(pools.a.size(), pools.b.size()), cuda::kMaxSlices));
+  return cuda::shrink_counters(batch_plan(pools, plan, rows).most_items(cuda::kItemRows),
+                               cuda::shrink_rank_tiles(pools.max_rank(), slices));
 }
 
 cuda::Factor factor_of(const Tensor& pool, bool out_first) {
   return {pool.const_data_ptr(), pool.stride(0), pool.stride(out_first ? 2 : 1), pool.stride(out_first ? 1 : 2)};
 }
 
-Tensor counters_of(int64_t count, const Tensor& like) { return at::zeros({count}, like.options().dtype(at::kInt)); }
-
 /// v = x f^T of a group of slices that read the same columns of x.
-void run_shrink(const DevicePlan& on, const Tensor& x, const std::vector<cuda::Factor>& factors, DType factor_dtype,
+void run_shrink(const DeviceBatch& on, const Tensor& x, const std::vector<cuda::Factor>& factors, DType factor_dtype,
                 const Tensor& v, bool scaled) {
   cuda::ShrinkArgs args;
   args.plan = on.plan;
@@ -84,20 +83,19 @@ void run_shrink(const DevicePlan& on, const Tensor& x, const std::vector<cuda::F
   args.scaled = scaled;
   const int64_t tiles = cuda::shrink_rank_tiles(on.slots.max_rank, args.num_slices);
   args.num_splits = cuda::shrink_splits(on.plan.max_items, on.slots.max_rank, args.num_slices, args.width);
-  const Tensor counters = counters_of(cuda::shrink_counters(on.plan.max_items, tiles), x);
   const Tensor planes =
       workspace_of(cuda::shrink_plane_bytes(on.plan.max_items, tiles, args.num_splits, args.dtype), x);
-  args.counters = counters.mutable_data_ptr<int32_t>();
+  args.counters = on.counters;
   args.planes = planes.mutable_data_ptr();
   throw_unless_ok(cuda::shrink(device_context(x.device()), args));
 }
 
-void run_expand(const DevicePlan& on, const Tensor& v, const std::vector<cuda::Factor>& factors, DType factor_dtype,
+void run_expand(const DeviceBatch& on, const Tensor& v, const std::vector<cuda::Factor>& factors, DType factor_dtype,
                 const std::vector<int64_t>& widths, int64_t column, const Tensor& y, bool scaled) {
   cuda::ExpandArgs args;
   args.plan = on.plan;
   args.slots = on.slots;
-  if (!scaled) args.slots.scalings = nullptr;
+  args.scaled = scaled;
   args.dtype = to_dtype(y.scalar_type());
   args.factor_dtype = factor_dtype;
   args.v = {v.const_data_ptr(), v.stride(0), v.stride(1)};
@@ -112,7 +110,7 @@ void run_expand(const DevicePlan& on, const Tensor& v, const std::vector<cuda::F
   throw_unless_ok(cuda::expand(device_context(y.device()), args));
 }
 
-Tensor run_outer(const DevicePlan& on, int64_t num_slots, const Tensor& g, const Tensor& x, const Tensor& like,
+Tensor run_outer(const DeviceBatch& on, int64_t num_slots, const Tensor& g, const Tensor& x, const Tensor& like,
                  bool out_first, bool scaled) {
   const Tensor out = at::zeros(like.sizes(), like.options());
   cuda::OuterArgs args;
@@ -131,9 +129,8 @@ Tensor run_outer(const DevicePlan& on, int64_t num_slots, const Tensor& g, const
   args.column_stride = out.stride(out_first ? 1 : 2);
   const int64_t tiles = cuda::outer_tiles(num_slots, on.slots.max_rank, args.width, args.dtype);
   args.num_splits = cuda::outer_splits(on.plan.max_items, tiles, on.slots.max_rank);
-  const Tensor counters = counters_of(tiles, x);
   const Tensor planes = workspace_of(cuda::outer_plane_bytes(tiles, args.num_splits, args.dtype), x);
-  args.counters = counters.mutable_data_ptr<int32_t>();
+  args.counters = on.counters;
   args.planes = planes.mutable_data_ptr();
   throw_unless_ok(cuda::outer(device_context(x.device()), args));
   return out;
@@ -155,19 +152,16 @@ std::vector<cuda::Factor> factors_of(at::TensorList pools, size_t first, size_t 
 
 }  // namespace
 
-void pools_shrink_cuda(const Pools& pools, const SegmentPlan& plan, const Tensor& x, const Tensor& v) {
-  const c10::DeviceGuard guard(x.device());
-  const Tensor rows = with_unit_columns(x);
-  const DevicePlan on = to_device(pools, plan, x.size(0), cuda::kItemRows, x);
+namespace {
+
+void shrink_all(const DeviceBatch& on, const Pools& pools, const Tensor& x, const Tensor& v) {
   in_groups(pools.a.size(), [&](size_t first, size_t last) {
     const Tensor part = v.narrow(0, static_cast<int64_t>(first), static_cast<int64_t>(last - first));
-    run_shrink(on, rows, factors_of(pools.a, first, last, false), to_dtype(pools.a[0].scalar_type()), part, false);
+    run_shrink(on, x, factors_of(pools.a, first, last, false), to_dtype(pools.a[0].scalar_type()), part, false);
   });
 }
 
-void pools_expand_cuda(const Pools& pools, const SegmentPlan& plan, const Tensor& v, const Tensor& y) {
-  const c10::DeviceGuard guard(y.device());
-  const DevicePlan on = to_device(pools, plan, y.size(0), cuda::kItemRows, y);
+void expand_all(const DeviceBatch& on, const Pools& pools, const Tensor& v, const Tensor& y) {
   int64_t column = 0;
   in_groups(pools.b.size(), [&](size_t first, size_t last) {
     std::vector<int64_t> widths;
@@ -181,20 +175,27 @@ void pools_expand_cuda(const Pools& pools, const SegmentPlan& plan, const Tensor
   });
 }
 
-bool pools_decode_cuda(const Pools& pools, const SegmentPlan& plan, const Tensor& x, const Tensor& v, const Tensor& y) {
+/// Beyond about two groups a slot, items of 64 rows read the factors less often.
+bool decodes(const Pools& pools, const cuda::BatchPlan& plan, const Tensor& x) {
   const at::ScalarType dtype = x.scalar_type();
   const bool is_half = dtype == at::kBFloat16 || dtype == at::kHalf;
-  if (!is_half || pools.a[0].scalar_type() != dtype || pools.a.size() > cuda::kMaxSlices) return false;
-  // Beyond about two groups a slot, items of 64 rows read the factors less often.
-  if (plan.num_positions() > 2 * cuda::kDecodeRows * plan.num_segments) return false;
-  const c10::DeviceGuard guard(x.device());
-  const Tensor rows = with_unit_columns(x);
-  const DevicePlan on = to_device(pools, plan, x.size(0), cuda::kDecodeRows, x);
+  return is_half && pools.a[0].scalar_type() == dtype && pools.a.size() <= cuda::kMaxSlices &&
+         plan.num_tokens <= 2 * cuda::kDecodeRows * plan.num_runs();
+}
+
+void run_decode(const Pools& pools, const SegmentPlan& plan, const Tensor& x, const Tensor& v, const Tensor& y) {
+  // Up to so many rows, sorting them takes longer than a slot's factors that are read once more (not measured).
+  constexpr int64_t kUnsortedRows = 32;
+  const cuda::BatchPlan given = batch_plan(pools, plan, x);
+  const bool unsorted = !given.is_grouped() && given.num_tokens <= kUnsortedRows;
+  const int64_t groups = unsorted ? given.num_tokens : given.most_items(cuda::kDecodeRows);
+  const DeviceBatch on = to_device(pools, plan, x, {unsorted ? 0 : cuda::kDecodeRows, cuda::decode_counters(groups)});
   cuda::DecodeArgs args;
   args.plan = on.plan;
+  if (unsorted) args.row_slots = plan.slots;
   args.slots = on.slots;
-  args.dtype = to_dtype(dtype);
-  args.x = matrix(rows);
+  args.dtype = to_dtype(x.scalar_type());
+  args.x = matrix(x);
   args.width = x.size(1);
   args.num_slices = static_cast<int>(pools.a.size());
   int64_t column = 0;
@@ -207,13 +208,34 @@ bool pools_decode_cuda(const Pools& pools, const SegmentPlan& plan, const Tensor
   }
   args.y = {y.mutable_data_ptr(), y.stride(0), 1};
   args.v = {v.mutable_data_ptr(), v.stride(0), v.stride(1)};
-  const Tensor counters = counters_of(cuda::decode_counters(on.plan.max_items), x);
   const Tensor planes =
-      workspace_of(cuda::decode_plane_bytes(on.plan.max_items, on.slots.max_rank, args.num_slices, args.width), x);
-  args.counters = counters.mutable_data_ptr<int32_t>();
+      workspace_of(cuda::decode_plane_bytes(groups, on.slots.max_rank, args.num_slices, args.width), x);
+  args.counters = on.counters;
   args.planes = static_cast<float*>(planes.mutable_data_ptr());
   throw_unless_ok(cuda::decode(device_context(x.device()), args));
-  return true;
+}
+
+}  // namespace
+
+void pools_shrink_cuda(const Pools& pools, const SegmentPlan& plan, const Tensor& x, const Tensor& v) {
+  const c10::DeviceGuard guard(x.device());
+  const Tensor rows = with_unit_columns(x);
+  shrink_all(to_device(pools, plan, rows, {cuda::kItemRows, shrink_counters(pools, plan, rows)}), pools, rows, v);
+}
+
+void pools_expand_cuda(const Pools& pools, const SegmentPlan& plan, const Tensor& v, const Tensor& y) {
+  const c10::DeviceGuard guard(y.device());
+  expand_all(to_device(pools, plan, y, {}), pools, v, y);
+}
+
+void pools_forward_cuda(const Pools& pools, const SegmentPlan& plan, const Tensor& x, const Tensor& v,
+                        const Tensor& y) {
+  const c10::DeviceGuard guard(x.device());
+  const Tensor rows = with_unit_columns(x);
+  if (decodes(pools, batch_plan(pools, plan, rows), rows)) return run_decode(pools, plan, rows, v, y);
+  const DeviceBatch on = to_device(pools, plan, rows, {cuda::kItemRows, shrink_counters(pools, plan, rows)});
+  shrink_all(on, pools, rows, v);
+  expand_all(on, pools, v, y);
 }
 
 PoolGradients pools_backward_cuda(const Pools& pools, const SegmentPlan& plan, const Tensor& dy, const Tensor& x,
@@ -222,7 +244,10 @@ PoolGradients pools_backward_cuda(const Pools& pools, const SegmentPlan& plan, c
   const c10::DeviceGuard guard(dy.device());
   PoolGradients grads;
   const Tensor dy_rows = with_unit_columns(dy), x_rows = with_unit_columns(x);
-  const DevicePlan on = to_device(pools, plan, dy.size(0), cuda::kItemRows, dy);
+  const int64_t widest = std::max(dy.size(1), x.size(1));
+  const int64_t tiles = cuda::outer_tiles(pools.num_slots(), pools.max_rank(), widest, to_dtype(dy.scalar_type()));
+  const DeviceBatch on =
+      to_device(pools, plan, dy_rows, {cuda::kItemRows, std::max(shrink_counters(pools, plan, dy), tiles)});
   const Tensor g = new_v(dy, 1, dy.size(0), pools.max_rank());
   if (need_x) grads.dx = at::zeros({dy.size(0), pools.a[0].size(2)}, dy.options());
   int64_t column = 0;

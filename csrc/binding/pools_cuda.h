@@ -1,5 +1,6 @@
-// The pool ops' products on CUDA (csrc/cuda/segments.h). The plan, ranks and scalings are the CPU tensors that the ops
-// take; they are checked there, and go to the device in one copy.
+// The pool ops' products on CUDA (csrc/cuda/segments.h). Plan, ranks and scalings may be in the device's memory: then
+// nothing is read from it, and a captured graph follows what is there at each replay. What is in the host's memory goes to
+// the device as a launch's arguments.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,9 +16,9 @@ struct PoolGradients;
 
 void pools_shrink_cuda(const Pools& pools, const SegmentPlan& plan, const at::Tensor& x, const at::Tensor& v);
 void pools_expand_cuda(const Pools& pools, const SegmentPlan& plan, const at::Tensor& v, const at::Tensor& y);
-/// Both in one launch where that is better: few rows, 16-bit tensors. False: nothing was done.
-bool pools_decode_cuda(const Pools& pools, const SegmentPlan& plan, const at::Tensor& x, const at::Tensor& v,
-                       const at::Tensor& y);
+/// Both; in one launch where that is better: few rows, 16-bit tensors.
+void pools_forward_cuda(const Pools& pools, const SegmentPlan& plan, const at::Tensor& x, const at::Tensor& v,
+                        const at::Tensor& y);
 PoolGradients pools_backward_cuda(const Pools& pools, const SegmentPlan& plan, const at::Tensor& dy,
                                   const at::Tensor& x, const at::Tensor& v, bool need_x,
                                   const std::vector<bool>& need_a, const std::vector<bool>& need_b);

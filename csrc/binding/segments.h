@@ -8,6 +8,8 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -24,15 +26,27 @@ namespace pylora::binding {
 
 using at::Tensor;
 
-/// Contiguous int32 on the CPU, one dimension.
-inline void check_indices(const char* op, const char* name, const Tensor& t, int64_t length) {
+/// Contiguous int32, one dimension; on the CPU, or on the CUDA device of `like`, the activations.
+inline void check_indices(const char* op, const char* name, const Tensor& t, int64_t length, const Tensor& like) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kInt, op, ": ", name, ": expected int32, got ", t.scalar_type());
   Checks(op).shape(name, t, {length});
-  TORCH_CHECK_VALUE(t.is_cpu() && t.is_contiguous(), op, ": ", name, ": expected a contiguous tensor on the CPU, got ",
-                    t.device());
+  TORCH_CHECK_VALUE((t.is_cpu() || t.device() == like.device()) && t.is_contiguous(), op, ": ", name,
+                    ": expected a contiguous tensor on the CPU or on ", like.device(), ", got ", t.device());
 }
 
-inline void check_slots(const char* op, const char* name, const Tensor& slots, int64_t num_slots) {
+/// What a check of values reads: those on a device only with PYLORA_CHECK=1, since that waits for the device; else
+/// undefined.
+inline Tensor values_to_check(const Tensor& t) {
+  static const bool wanted = [] {
+    const char* const value = std::getenv("PYLORA_CHECK");
+    return value && std::strcmp(value, "1") == 0;
+  }();
+  return t.is_cpu() ? t : wanted ? t.cpu() : Tensor();
+}
+
+inline void check_slots(const char* op, const char* name, const Tensor& given, int64_t num_slots) {
+  const Tensor slots = values_to_check(given);
+  if (!slots.defined()) return;
   const int32_t* p = slots.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < slots.numel(); ++i) {
     TORCH_CHECK_VALUE(p[i] >= -1 && p[i] < num_slots, op, ": ", name, ": expected slots from -1 to ", num_slots - 1,
@@ -41,9 +55,11 @@ inline void check_slots(const char* op, const char* name, const Tensor& slots, i
 }
 
 /// Row offsets from 0 to num_rows, none smaller than the one before.
-inline void check_indptr(const char* op, const char* name, const Tensor& indptr, int64_t num_segments,
-                         int64_t num_rows) {
-  check_indices(op, name, indptr, num_segments + 1);
+inline void check_indptr(const char* op, const char* name, const Tensor& given, int64_t num_segments, int64_t num_rows,
+                         const Tensor& like) {
+  check_indices(op, name, given, num_segments + 1, like);
+  const Tensor indptr = values_to_check(given);
+  if (!indptr.defined()) return;
   const int32_t* p = indptr.const_data_ptr<int32_t>();
   TORCH_CHECK_VALUE(p[0] == 0 && p[num_segments] == num_rows, op, ": ", name, ": expected offsets from 0 to the ",
                     num_rows, " rows, got ", p[0], " to ", p[num_segments]);
@@ -81,7 +97,7 @@ struct Pools {
 
   /// `like`: a tensor of the activations' device. Empty lists are passed over.
   void check(const Tensor& like) const {
-    check_indices(op, "ranks", ranks, -1);
+    check_indices(op, "ranks", ranks, -1, like);
     if (scalings) {
       TORCH_CHECK_TYPE(scalings->scalar_type() == at::kFloat, op, ": scalings: expected float32, got ",
                        scalings->scalar_type());
@@ -106,8 +122,9 @@ struct Pools {
         check_pool("b_pool", pool, {num_slots(), max_rank, -1}, first, like);
       }
     }
-    const int32_t* rank = ranks.const_data_ptr<int32_t>();
-    for (int64_t i = 0; i < num_slots(); ++i)
+    const Tensor checked = values_to_check(ranks);
+    const int32_t* rank = checked.defined() ? checked.const_data_ptr<int32_t>() : nullptr;
+    for (int64_t i = 0; rank && i < num_slots(); ++i)
       TORCH_CHECK_VALUE(rank[i] >= 0 && rank[i] <= max_rank, op, ": ranks: expected 0 to ", max_rank, ", got ", rank[i],
                         " for slot ", i);
   }
@@ -213,6 +230,9 @@ inline void pools_expand(const Pools& pools, const SegmentPlan& plan, const Tens
 /// Both, with one turn of the threads a slice: a thread expands what it has shrunk.
 inline void pools_forward(const Pools& pools, const SegmentPlan& plan, const Tensor& x, const Tensor& v,
                           const Tensor& y) {
+#if defined(PYLORA_WITH_CUDA)
+  if (!x.is_cpu()) return pools_forward_cuda(pools, plan, x, v, y);
+#endif
   for_each_slice(pools, plan, &x, v, &y, segments_forward_cpu);
 }
 

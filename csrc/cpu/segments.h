@@ -41,6 +41,7 @@ struct SegmentPlan {
   const int32_t* order = nullptr;   // [rows]: rows sorted by segment; null: they are already
   const int32_t* indptr = nullptr;  // [num_segments + 1], rows, from 0
   const int32_t* slots = nullptr;   // [num_segments]
+  bool on_device = false;           // all in the memory of a CUDA device; indptr null: slots has one for each row
 
   /// Position p counts tokens segment by segment.
   int64_t token(int64_t p) const {

@@ -25,9 +25,9 @@ PYLORA_DEVICE float* plane_of(const DecodeArgs& args, const Group& group, int64_
 template <class T>
 PYLORA_DEVICE const T* a_row(const DecodeArgs& args, const Group& group, int n, int64_t* step) {
   if (n >= group.rank * args.num_slices) return nullptr;
-  const Factor& a = args.a[n / group.rank];
+  const FactorView a = view_of(args.a[n / group.rank], group.item.slot);
   *step = a.column_stride;
-  return static_cast<const T*>(a.data) + group.item.slot * a.slot_stride + n % group.rank * a.rank_stride;
+  return static_cast<const T*>(a.data) + a.first + n % group.rank * a.rank_stride;
 }
 
 /// Eight columns, zeros from `valid` on or where there is no row.
@@ -164,9 +164,8 @@ class ExpandTile {
   static constexpr bool kCopies = kVector && kParts == 1;
 
   PYLORA_DEVICE void fetch_b(int first) {
-    const Factor& b = args_.b[slice_];
-    const T* data = static_cast<const T*>(b.data) + group_.item.slot * b.slot_stride + column_ * b.column_stride +
-                    first * b.rank_stride;
+    const FactorView b = view_of(args_.b[slice_], group_.item.slot);
+    const T* data = static_cast<const T*>(b.data) + b.first + column_ * b.column_stride + first * b.rank_stride;
     const int left = min_of(kDepth, group_.rank - first), depth = (left + 15) / 16 * 16;
     const int lines = kAcross ? kDecodeColumns : depth, groups = (kAcross ? depth : kDecodeColumns) / 8;
     for (int i = threadIdx.x; i < lines * groups; i += kThreads) {

@@ -38,20 +38,17 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) expand_kernel(const
   for_each_piece(count * tiles, [&](int64_t index) {
     Piece piece;
     if (!find_piece(args, index % count, index / count, Tile::kColumns, &piece)) return;
-    const Factor& factor = args.factors[piece.slice];
+    const FactorView factor = view_of(args.factors[piece.slice], piece.item.slot);
     const VRows<C> v{static_cast<const C*>(args.v.data) + piece.slice * args.v.slice_stride, args.v.row_stride};
-    const FactorColumns f{factor.data,
-                          args.factor_dtype,
-                          piece.item.slot * factor.slot_stride + piece.column * factor.column_stride,
-                          factor.rank_stride,
-                          factor.column_stride,
-                          left_of(piece.width, piece.column)};
+    const FactorColumns f{factor.data,        args.factor_dtype,    factor.first + piece.column * factor.column_stride,
+                          factor.rank_stride, factor.column_stride, left_of(piece.width, piece.column)};
     const YTile<T> y{static_cast<T*>(args.y.data) + args.columns[piece.slice] + piece.column, args.y.row_stride,
                      piece.column};
     Tile tile;
     tile.begin(args.plan, piece.item);
     tile.multiply(args.plan, piece.item, v, f, piece.rank);
-    tile.add(y, f.num_columns, scaling_of<C>(args.slots, piece.item.slot), args.dropout);
+    tile.add(y, f.num_columns, args.scaled ? scaling_of<C>(args.slots, piece.item.slot) : C(1),
+             DropoutDraw(args.dropout, args.slots, piece.item.slot));
   });
 }
 

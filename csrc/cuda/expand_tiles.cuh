@@ -1,6 +1,7 @@
 // A block's products in expand, by tensor cores or by FMA, and how the sums are added to y.
 #pragma once
 
+#include "cuda/quads.cuh"
 #include "cuda/segments.cuh"
 
 namespace pylora::cuda {
@@ -26,25 +27,6 @@ struct YTile {
   int64_t stride;
   int64_t column;  // of the slice, for dropout
 };
-
-/// Lane t of a quad has the column pairs {2 t, 2 t + 1} of four tiles of eight columns; afterwards it has tile t's eight
-/// columns.
-PYLORA_DEVICE void transpose_quad(float (&pairs)[4][2], int t) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool upper = t & step;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j & step) continue;
-      const int k = j | step;  // lower lanes send k and keep j, upper lanes send j and keep k
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float got = __shfl_xor_sync(kAllLanes, upper ? pairs[j][i] : pairs[k][i], step);
-        (upper ? pairs[j][i] : pairs[k][i]) = got;
-      }
-    }
-  }
-}
 
 /// Parts of bf16 that hold an element of a factor: f16 exactly, f32 with 16 bits.
 template <class F>
@@ -97,8 +79,8 @@ class TensorTile {
     }
   }
 
-  PYLORA_DEVICE void add(const YTile<T>& y, int num_columns, float scaling, const Dropout& dropout) {
-    if (dropout.active()) drop(y.column, DropoutDraw(dropout));
+  PYLORA_DEVICE void add(const YTile<T>& y, int num_columns, float scaling, const DropoutDraw& draw) {
+    if (draw.active()) drop(y.column, draw);
     const int t = lane_id() % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -282,8 +264,7 @@ class FmaTile {
     }
   }
 
-  PYLORA_DEVICE void add(const YTile<T>& y, int num_columns, Sum scaling, const Dropout& dropout) {
-    const DropoutDraw draw(dropout);
+  PYLORA_DEVICE void add(const YTile<T>& y, int num_columns, Sum scaling, const DropoutDraw& draw) {
     const int64_t* rows = shared_memory<int64_t>();
     unsigned char* kept = shared_memory<unsigned char>(kItemRows * sizeof(int64_t));
     if (draw.active()) {

@@ -26,17 +26,30 @@ PYLORA_DEVICE bool find_piece(const OuterArgs& args, int tile_columns, int64_t i
   return piece->num_ranks > 0;
 }
 
+/// Where a slot's sums go; null: nowhere.
+struct OutView {
+  void* data;
+  int64_t first, rank_stride, column_stride;
+};
+
+PYLORA_DEVICE OutView out_of(const OuterArgs& args, int slot) {
+  if (!args.places) return {args.out, slot * args.slot_stride, args.rank_stride, args.column_stride};
+  const Place<void*> place = place_of<void*>(args.places, slot);
+  return {place.data, 0, place.rank_stride, place.column_stride};
+}
+
 template <class C>
 struct OutWriter {
-  const OuterArgs& args;
+  OutView out;
+  DType dtype;
   const Piece& piece;
   C factor;
 
   PYLORA_DEVICE void operator()(int rank, int column, C sum) const {
-    if (rank >= piece.num_ranks || column >= piece.num_columns) return;
-    const int64_t index = piece.slot * args.slot_stride + (piece.first_rank + rank) * args.rank_stride +
-                          (piece.column + column) * args.column_stride;
-    store_element<C>(args.out, args.out_dtype, index, sum * factor);
+    if (rank >= piece.num_ranks || column >= piece.num_columns || !out.data) return;
+    const int64_t index =
+        out.first + (piece.first_rank + rank) * out.rank_stride + (piece.column + column) * out.column_stride;
+    store_element<C>(out.data, dtype, index, sum * factor);
   }
 };
 
@@ -48,10 +61,10 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) outer_kernel(const 
   const int64_t count = num_items(args.plan);
   const int64_t tiles = outer_tiles(args.num_slots, args.slots.max_rank, args.width, args.dtype);
   const int64_t split_items = (count + args.num_splits - 1) / args.num_splits;
-  const DropoutDraw draw(args.dropout);
   for_each_piece(tiles * args.num_splits, [&](int64_t index) {
     Piece piece;
     if (!find_piece(args, Tile::kColumns, index, &piece)) return;
+    const DropoutDraw draw(args.dropout, args.slots, piece.slot);
     Tile tile;
     tile.clear();
     for (int64_t i = piece.split * split_items; i < count && i < (piece.split + 1) * split_items; ++i) {
@@ -67,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) outer_kernel(const 
       tile.add(args.plan, item, of, draw);
     }
     const C scaling = args.scaled ? scaling_of<C>(args.slots, piece.slot) : C(1);
-    const OutWriter<C> write{args, piece, scaling * tile.sum_scale(draw)};
+    const OutWriter<C> write{out_of(args, piece.slot), args.out_dtype, piece, scaling * tile.sum_scale(draw)};
     if (args.num_splits > 1) {
       add_up_splits<C>({args.counters, args.planes, piece.tile_index, piece.split, args.num_splits, kOuterRanks,
                         Tile::kColumns, piece.num_ranks, piece.num_columns},

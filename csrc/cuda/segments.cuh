@@ -26,12 +26,34 @@ PYLORA_DEVICE int64_t row_at(const Plan& plan, const Item& item, int r) {
 }
 
 PYLORA_DEVICE int rank_of(const Slots& slots, int slot) {
+  if (slots.entries) return load_uniform<int32_t>(&slots.entries[slot].rank);
   return slots.ranks ? load_uniform<int32_t>(slots.ranks + slot) : static_cast<int>(slots.max_rank);
 }
 
 template <class C>
 PYLORA_DEVICE C scaling_of(const Slots& slots, int slot) {
+  if (slots.entries) return static_cast<C>(load_uniform<double>(&slots.entries[slot].scaling));
   return slots.scalings ? static_cast<C>(load_uniform<float>(slots.scalings + slot)) : static_cast<C>(slots.scaling);
+}
+
+/// One slot of a factor: `first` is its element (0, 0).
+struct FactorView {
+  const void* data;
+  int64_t first, rank_stride, column_stride;
+};
+
+template <class Pointer>
+PYLORA_DEVICE Place<Pointer> place_of(const void* places, int slot) {
+  const auto* at = reinterpret_cast<const Place<Pointer>*>(static_cast<const char*>(places) +
+                                                           static_cast<int64_t>(slot) * sizeof(SlotEntry));
+  return {load_uniform<Pointer>(&at->data), load_uniform<int64_t>(&at->rank_stride),
+          load_uniform<int64_t>(&at->column_stride)};
+}
+
+PYLORA_DEVICE FactorView view_of(const Factor& f, int slot) {
+  if (!f.places) return {f.data, slot * f.slot_stride, f.rank_stride, f.column_stride};
+  const Place<const void*> place = place_of<const void*>(f.places, slot);
+  return {place.data, 0, place.rank_stride, place.column_stride};
 }
 
 PYLORA_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
@@ -126,18 +148,19 @@ PYLORA_DEVICE void store_element(void* data, DType dtype, int64_t index, C value
   }
 }
 
-/// A launch's dropout with the generator's state, read once.
+/// A slot's dropout with the generator's state.
 struct DropoutDraw {
   uint64_t seed = 0, offset = 0;
   uint32_t threshold = 0;
   double keep_scale = 1;
 
-  PYLORA_DEVICE explicit DropoutDraw(const Dropout& dropout) {
+  PYLORA_DEVICE DropoutDraw(const Dropout& dropout, const Slots& slots, int slot) {
     if (!dropout.active()) return;
+    threshold = slots.entries ? load_uniform<uint32_t>(&slots.entries[slot].threshold) : dropout.threshold;
+    if (threshold == 0) return;
     seed = static_cast<uint64_t>(load_uniform<int64_t>(dropout.rng));
     offset = static_cast<uint64_t>(load_uniform<int64_t>(dropout.rng + 1));
-    threshold = dropout.threshold;
-    keep_scale = dropout.keep_scale;
+    keep_scale = slots.entries ? load_uniform<double>(&slots.entries[slot].keep_scale) : dropout.keep_scale;
   }
   PYLORA_DEVICE bool active() const { return threshold != 0; }
 

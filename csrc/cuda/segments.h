@@ -51,16 +51,36 @@ constexpr Plan plan_of_one_slot(int64_t num_rows) {
   return plan;
 }
 
+/// Where a slot's factor lies: element (rank, column) is rank * rank_stride + column * column_stride elements further.
+template <class Pointer>
+struct Place {
+  Pointer data = nullptr;
+  int64_t rank_stride = 0, column_stride = 1;
+};
+
+/// A slot whose factors lie where its adapter keeps them, in device memory (upload).
+struct alignas(16) SlotEntry {
+  Place<const void*> a, b;  // [rank, in_features], [rank, out_features]
+  Place<void*> da, db;      // their gradients
+  int32_t rank = 0;
+  uint32_t threshold = 0;  // of dropout
+  double scaling = 1, keep_scale = 1;
+};
+
 /// A factor [slots, rank, width] with its strides in elements.
 struct Factor {
   const void* data = nullptr;
   int64_t slot_stride = 0, rank_stride = 0, column_stride = 1;
+  /// Device: the Place of slot 0, those of the others sizeof(SlotEntry) bytes apart. The fields above are then those of
+  /// no slot: launchers choose a kernel by them, so that they are aligned only if all slots' are (cuda/batch.h).
+  const void* places = nullptr;
 };
 
-/// Ranks and scalings of the slots.
+/// Ranks, scalings and dropout of the slots.
 struct Slots {
-  const int32_t* ranks = nullptr;   // device, [slots]; null: max_rank for all
-  const float* scalings = nullptr;  // device, [slots]; null: `scaling` for all
+  const int32_t* ranks = nullptr;      // device, [slots]; null: max_rank for all
+  const float* scalings = nullptr;     // device, [slots]; null: `scaling` for all
+  const SlotEntry* entries = nullptr;  // device, [slots], in place of the two, and of an active dropout's threshold
   int64_t max_rank = 0;
   double scaling = 1;
 };
@@ -100,6 +120,7 @@ struct ExpandArgs {
   int64_t widths[kMaxSlices] = {};
   int64_t columns[kMaxSlices] = {};  // where a slice's columns of y begin
   MutableMatrix y;                   // [num_rows, sum of widths], column stride 1
+  bool scaled = true;                // what is added is multiplied by the slot's scaling
   Dropout dropout;                   // on what is added, counters are those of y's rows and a slice's columns
 };
 
@@ -118,25 +139,45 @@ struct OuterArgs {
   DType out_dtype = DType::f32;  // of out: rounded once
   void* out = nullptr;           // [num_slots, max_rank, width] with these strides
   int64_t slot_stride = 0, rank_stride = 0, column_stride = 1;
-  int num_splits = 1;           // parts of the items that blocks share: outer_splits(...)
-  int32_t* counters = nullptr;  // with several splits: outer_tiles(...), zero before the launch and after it
-  void* planes = nullptr;       // outer_plane_bytes(...)
+  const void* places = nullptr;  // as in Factor, in place of the four
+  int num_splits = 1;            // parts of the items that blocks share: outer_splits(...)
+  int32_t* counters = nullptr;   // with several splits: outer_tiles(...), zero before the launch and after it
+  void* planes = nullptr;        // outer_plane_bytes(...)
 };
 
-/// Items of a plan from segments: segment i is positions [indptr[i], indptr[i + 1]) and slot slots[i]; slot -1 makes no
-/// item.
+/// Items of a plan from segments of neighbouring tokens, or from a slot for each row. Slots outside [0, num_slots) make no
+/// item, offsets beyond the rows are cut and items beyond max_items are not written: what the device is given cannot make
+/// it write elsewhere.
 struct PlanArgs {
-  const int32_t* indptr = nullptr;  // device, [num_segments + 1]
-  const int32_t* slots = nullptr;   // device, [num_segments]
-  int64_t num_segments = 0;
-  Item* items = nullptr;         // out, [max_items(num_rows, num_segments)]
+  int64_t num_rows = 0, num_segments = 0, num_slots = 0;
+  int item_rows = kItemRows;  // most rows of an item
+  const int32_t* indptr =
+      nullptr;  // device, [num_segments + 1]: segment i is the sequences from indptr[i] to indptr[i + 1]
+  const int32_t* slots = nullptr;  // device, [num_segments]; in group_rows [num_rows]
+  int64_t tokens_per_row = 1;      // neighbouring rows that `order` moves together (a sequence)
+  const int32_t* order = nullptr;  // device, [num_rows / tokens_per_row], position to sequence; null: they are the same
+  int32_t* rows = nullptr;    // out, [num_rows], position to row: where tokens_per_row > 1 and order is given, and in
+                              // group_rows
+  int32_t* starts = nullptr;  // group_rows: scratch, [num_slots]
+  Item* items = nullptr;      // out, [max_items]
+  int64_t max_items = 0;      // max_items(num_rows, num_segments or, in group_rows, num_slots, item_rows)
   int32_t* num_items = nullptr;  // out
 };
 
-constexpr int64_t max_items(int64_t num_rows, int64_t num_segments) {
-  const int64_t most = num_rows / kItemRows + num_segments;
+constexpr int64_t max_items(int64_t num_rows, int64_t num_segments, int item_rows = kItemRows) {
+  const int64_t most = num_rows / item_rows + num_segments;
   return most < num_rows ? most : num_rows;
 }
+
+/// Values of the host that a launch carries as its arguments, so that nothing waits and a captured graph keeps them.
+constexpr int64_t kParcelBytes = 3840;
+struct Parcel {
+  void* to = nullptr;        // device, aligned to 16
+  int64_t bytes = 0;         // a multiple of 16
+  int32_t* zeros = nullptr;  // device: set to 0
+  int64_t num_zeros = 0;
+  alignas(16) unsigned char data[kParcelBytes] = {};
+};
 
 /// Columns of x in one stage of the shrink kernels, and the least of a split.
 constexpr int kStageColumns = 64, kSplitColumns = 512;
@@ -229,7 +270,11 @@ constexpr int64_t decode_plane_bytes(int64_t groups, int64_t max_rank, int num_s
   return decode_splits(width) * groups * kDecodeRows * max_rank * num_slices * static_cast<int64_t>(sizeof(float));
 }
 
+Status send(const Context& context, const Parcel& parcel);
+/// Segments of neighbouring tokens as items.
 Status plan_segments(const Context& context, const PlanArgs& args);
+/// Rows sorted by their slots, those of a slot in the order of the batch; and the items.
+Status group_rows(const Context& context, const PlanArgs& args);
 Status shrink(const Context& context, const ShrinkArgs& args);
 Status expand(const Context& context, const ExpandArgs& args);
 Status decode(const Context& context, const DecodeArgs& args);

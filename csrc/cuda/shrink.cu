@@ -49,24 +49,27 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) shrink_kernel(const
   using T = typename Tile::Element;
   int64_t* const rows = shared_memory<int64_t>();
   int* const last_box = shared_memory<int>(kItemRows * sizeof(int64_t));
+  FactorView* const views = shared_memory<FactorView>(kItemRows * sizeof(int64_t) + 16);
   const int64_t count = num_items(args.plan);
   const int64_t pieces = count * args.num_splits * shrink_rank_tiles(args.slots.max_rank, args.num_slices);
   // Whole stages, so that a stage is one block of dropout's counters.
   const int64_t stages = (args.width + kStageColumns - 1) / kStageColumns;
   const int64_t split_columns = (stages + args.num_splits - 1) / args.num_splits * kStageColumns;
-  const DropoutDraw draw(args.dropout);
   for_each_piece(pieces, [&](int64_t index) {
     Piece piece;
     if (!find_piece(args, count, index, &piece)) return;
     __syncthreads();  // the tile before has been read
     for (int r = threadIdx.x; r < kItemRows; r += kThreads)
       rows[r] = r < piece.item.rows ? row_at(args.plan, piece.item, r) : 0;
+    if (threadIdx.x < static_cast<unsigned>(args.num_slices))
+      views[threadIdx.x] = view_of(args.factors[threadIdx.x], piece.item.slot);
+    const DropoutDraw draw(args.dropout, args.slots, piece.item.slot);
     __syncthreads();
     const int64_t begin = piece.split * split_columns;
     const int64_t end = begin + split_columns < args.width ? begin + split_columns : args.width;
     Tile tile(args, kShrinkHeader);
     tile.multiply({static_cast<const T*>(args.x.data), args.x.row_stride, rows, piece.item.rows},
-                  {args.factors, piece.item.slot, piece.rank, piece.first_rank, piece.num_ranks}, begin, end, draw);
+                  {views, piece.rank, piece.first_rank, piece.num_ranks}, begin, end, draw);
     const C scaling = args.scaled ? scaling_of<C>(args.slots, piece.item.slot) : C(1);
     const VWriter<C> write{args, piece, rows, scaling * tile.sum_scale(draw)};
     if (args.num_splits > 1) {

@@ -5,8 +5,9 @@
 
 namespace pylora::cuda {
 
-/// Shared memory before the tiles: the rows of the item, and a flag.
-constexpr int kShrinkHeader = kItemRows * static_cast<int>(sizeof(int64_t)) + 128;
+/// Shared memory before the tiles: the rows of the item, a flag, and the slot's factors.
+constexpr int kShrinkHeader = kItemRows * static_cast<int>(sizeof(int64_t)) + 256;
+static_assert(16 + kMaxSlices * sizeof(FactorView) <= 256, "the header has room for the factors");
 
 template <class T>
 struct XRows {
@@ -18,15 +19,12 @@ struct XRows {
 
 /// Rank n of the tile is rank (first_rank + n) % rank of slice (first_rank + n) / rank.
 struct FactorRows {
-  const Factor* factors;
-  int slot, rank, first_rank, num_ranks;
+  const FactorView* views;  // shared, [slices]
+  int rank, first_rank, num_ranks;
 
+  PYLORA_DEVICE const FactorView& view(int n) const { return views[(first_rank + n) / rank]; }
   /// Element 0 of the row of rank n < num_ranks.
-  PYLORA_DEVICE int64_t offset(int n, int* slice) const {
-    *slice = (first_rank + n) / rank;
-    const Factor& f = factors[*slice];
-    return slot * f.slot_stride + (first_rank + n) % rank * f.rank_stride;
-  }
+  PYLORA_DEVICE int64_t offset(int n) const { return view(n).first + (first_rank + n) % rank * view(n).rank_stride; }
 };
 
 /// T: bf16 or f16, of x and factors. kVector: 16 bytes at a time. kAcross: the factor's ranks are what lies side by side
@@ -107,14 +105,12 @@ class TensorTile {
     for (int i = 0; i < kCopies; ++i) {
       const int n = line + i * 16;
       x_at_[i] = n < x.num_rows ? x.data + x.rows[n] * x.stride + column : x.data;
-      int slice = 0;
       if (kAcross) {
-        const int64_t offset = f.slot * f.factors[0].slot_stride + f.first_rank + column;
-        f_at_[i] = static_cast<const T*>(f.factors[0].data) + offset + n * f.factors[0].column_stride;
+        const FactorView& view = f.views[0];
+        f_at_[i] = static_cast<const T*>(view.data) + view.first + f.first_rank + column + n * view.column_stride;
       } else if (n < f.num_ranks) {
-        const int64_t offset = f.offset(n, &slice);
-        f_at_[i] = static_cast<const T*>(f.factors[slice].data) + offset;
-        if (!kVector) f_step_[i] = f.factors[slice].column_stride;
+        f_at_[i] = static_cast<const T*>(f.view(n).data) + f.offset(n);
+        if (!kVector) f_step_[i] = f.view(n).column_stride;
       } else {
         f_at_[i] = x.data;  // not read
       }
@@ -135,7 +131,7 @@ class TensorTile {
         if (kAcross) {
           const int valid = n < left ? f.num_ranks - column : 0;
           if (column >= (f.num_ranks + 15) / 16 * 16) continue;
-          fetch_eight<T, kVector>(f_tile + n * kLine + column, f_at_[i] + first * f.factors[0].column_stride, valid,
+          fetch_eight<T, kVector>(f_tile + n * kLine + column, f_at_[i] + first * f.views[0].column_stride, valid,
                                   x.data);
         } else if (n < (f.num_ranks + 15) / 16 * 16) {
           fetch_factor(f_tile + n * kLine + column, i, first + column, n < f.num_ranks ? left - column : 0, x.data);
@@ -299,9 +295,8 @@ class FmaTile {
       const int n = i / (kDepth / kStep), k = i % (kDepth / kStep) * kStep;
       Sum values[kStep] = {};
       if (n < f.num_ranks && k < left) {
-        int slice;
-        const int64_t offset = f.offset(n, &slice);
-        const Factor& factor = f.factors[slice];
+        const FactorView& factor = f.view(n);
+        const int64_t offset = f.offset(n);
         if constexpr (kVector) {
           const float4 four = load_readonly<float4>(static_cast<const float*>(factor.data) + offset + first + k);
           values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;

@@ -83,6 +83,7 @@ struct ScaleBackwardArgs {
   ConstMatrix z;               // read for dmagnitude alone
   MutableMatrix dz;            // null: not wanted
   void* dmagnitude = nullptr;  // [out_features] accumulators; null: not wanted
+  void* workspace = nullptr;   // CUDA: scale_backward_workspace_bytes_cuda(args), aligned to 64
 };
 
 Status squares_cpu(const Context& context, const SquaresArgs& args);
@@ -90,5 +91,12 @@ Status norms_cpu(const Context& context, const NormsArgs& args);
 Status norms_from_cross_cpu(const Context& context, const CrossArgs& args);
 Status scale_cpu(const Context& context, const ScaleArgs& args);
 Status scale_backward_cpu(const Context& context, const ScaleBackwardArgs& args);
+/// Queued on context.stream. norms_cuda forms elements as norms_cpu does and sums their squares in f32 over 128 columns
+/// (by FMA 64), these in f64. Workspaces begin with norms_counter_bytes_cuda and scale_counter_bytes_cuda bytes that are
+/// zero before a call, and after it. z, rest and dy have a column stride of 1.
+Status squares_cuda(const Context& context, const SquaresArgs& args);
+Status norms_cuda(const Context& context, const NormsArgs& args);
+Status scale_cuda(const Context& context, const ScaleArgs& args);
+Status scale_backward_cuda(const Context& context, const ScaleBackwardArgs& args);
 
 }  // namespace pylora::dora

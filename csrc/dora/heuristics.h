@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/sizes.h"
+#include "cuda/segments.h"
 #include "dora/dora.h"
 
 namespace pylora::dora {
@@ -37,5 +38,35 @@ constexpr int64_t norms_workspace_bytes(const NormsArgs& args) {
 /// 9.1 ms so and 9.9 with a pass of its own, rank 64 18.0 and 16.2; rank 16 with 512 rows 67.9 and 68.4, at width 1024
 /// 14.5 and 13.2.
 constexpr int64_t kStackedRank = 32, kStackedRows = 256;
+
+// CUDA. Workspaces begin with counters.
+
+/// Rows of W, and columns at the most, of a block's tile.
+constexpr int64_t kNormRows = 64, kNormColumns = 128;
+
+constexpr int64_t norm_row_blocks(const NormsArgs& args) { return (args.out_features + kNormRows - 1) / kNormRows; }
+/// Parts of the width that blocks share.
+constexpr int norm_splits(const NormsArgs& args) {
+  return cuda::splits_of(norm_row_blocks(args), (args.in_features + 4 * kNormColumns - 1) / (4 * kNormColumns));
+}
+constexpr int64_t norms_counter_bytes_cuda(const NormsArgs& args) { return align_up(norm_row_blocks(args) * 4); }
+/// Planes of two sums a row: of the squares of W + scaling * B A, and of W.
+constexpr int64_t norms_workspace_bytes_cuda(const NormsArgs& args) {
+  return norms_counter_bytes_cuda(args) + norm_row_blocks(args) * norm_splits(args) * kNormRows * 2 * 8;
+}
+
+/// Tokens that one thread of scale_backward sums over, as on the CPU, and columns of a block at the least.
+constexpr int64_t kScaleTokens = 64, kScaleThreads = 128;
+
+constexpr int64_t scale_token_blocks(int64_t num_tokens) {
+  return num_tokens > 0 ? (num_tokens + kScaleTokens - 1) / kScaleTokens : 1;
+}
+constexpr int64_t scale_counter_bytes_cuda(const ScaleBackwardArgs& args) {
+  return align_up((args.out_features + kScaleThreads - 1) / kScaleThreads * 4);
+}
+constexpr int64_t scale_backward_workspace_bytes_cuda(const ScaleBackwardArgs& args) {
+  return scale_counter_bytes_cuda(args) +
+         scale_token_blocks(args.num_tokens) * args.out_features * dtype_bytes(accumulator_dtype(args.dtype));
+}
 
 }  // namespace pylora::dora

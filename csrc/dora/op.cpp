@@ -207,7 +207,11 @@ void implement(torch::Library& m) {
   m.impl("dora_linear_backward", &linear_backward<Backend>);
 }
 
-TORCH_LIBRARY_IMPL(pylora, CPU, m) { implement<KernelBackend>(m); }
+TORCH_LIBRARY_IMPL(pylora, CPU, m) { implement<KernelBackend<OnCpu>>(m); }
+
+#if defined(PYLORA_WITH_CUDA)
+TORCH_LIBRARY_IMPL(pylora, CUDA, m) { implement<KernelBackend<OnCuda>>(m); }
+#endif
 
 TORCH_LIBRARY_IMPL(pylora, CompositeExplicitAutograd, m) { implement<AtenBackend>(m); }
 

@@ -97,14 +97,16 @@ void check_address(uintptr_t address, size_t bytes, bool write, const char* what
   const std::vector<Region>& regions = machine().regions;
   if (regions.empty() || !machine().config.check_regions) return;
   static size_t latest = 0;
+  bool only_read = false;  // a tensor may stand for two arguments, one of which is written
   for (size_t tries = 0; tries < regions.size(); ++tries) {
     const Region& region = regions[latest < regions.size() ? latest : latest = 0];
     if (address >= region.begin && address + bytes <= region.end) {
-      if (write && !region.writable) trap(site, "%s: %zu bytes of an argument that is only read", what, bytes);
-      return;
+      if (region.writable || !write) return;
+      only_read = true;
     }
     ++latest;
   }
+  if (only_read) trap(site, "%s: %zu bytes of an argument that is only read", what, bytes);
   const Region* nearest = &regions[0];
   const auto distance = [address](const Region& region) {
     return address < region.begin ? region.begin - address : address - region.end;

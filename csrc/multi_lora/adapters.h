@@ -16,16 +16,19 @@ namespace pylora::multi_lora {
 
 inline SegmentPlan check_plan(const char* op, const char* name, const Tensor& like, int64_t num_tokens,
                               int64_t num_adapters, const Tensor& order, const Tensor& indptr, const Tensor& slots) {
-  binding::check_indices(op, "order", order, -1);
-  binding::check_indices(op, "slots", slots, -1);
+  binding::check_indices(op, "order", order, -1, like);
+  binding::check_indices(op, "slots", slots, -1, like);
   const int64_t num_rows = order.size(0);
-  binding::check_indptr(op, "indptr", indptr, slots.size(0), num_rows);
+  binding::check_indptr(op, "indptr", indptr, slots.size(0), num_rows, like);
+  binding::Checks(op).same_device("slots", slots, "order", order);
+  binding::Checks(op).same_device("indptr", indptr, "order", order);
   binding::check_slots(op, "slots", slots, num_adapters);
   TORCH_CHECK_VALUE(num_rows == 0 ? num_tokens == 0 : like.dim() >= 2 && like.size(0) == num_rows, op, ": ", name,
                     ": expected ", num_rows, " rows, as the plan has, got shape ", like.sizes());
-  const int32_t* row = order.const_data_ptr<int32_t>();
+  const Tensor checked = binding::values_to_check(order);
+  const int32_t* row = checked.defined() ? checked.const_data_ptr<int32_t>() : nullptr;
   std::vector<bool> seen(static_cast<size_t>(num_rows));
-  for (int64_t i = 0; i < num_rows; ++i) {
+  for (int64_t i = 0; row && i < num_rows; ++i) {
     const bool fits = row[i] >= 0 && row[i] < num_rows && !seen[static_cast<size_t>(row[i])];
     TORCH_CHECK_VALUE(fits, op, ": order: expected each row from 0 to ", num_rows - 1, " once, got ", row[i], " at ",
                       i);
@@ -34,9 +37,10 @@ inline SegmentPlan check_plan(const char* op, const char* name, const Tensor& li
   SegmentPlan plan;
   plan.num_segments = slots.size(0);
   plan.tokens_per_row = num_rows > 0 ? num_tokens / num_rows : 1;
-  plan.order = row;
+  plan.order = order.const_data_ptr<int32_t>();
   plan.indptr = indptr.const_data_ptr<int32_t>();
   plan.slots = slots.const_data_ptr<int32_t>();
+  plan.on_device = !order.is_cpu();
   return plan;
 }
 

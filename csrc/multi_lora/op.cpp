@@ -10,6 +10,7 @@
 
 #include "multi_lora/adapters.h"
 #include "multi_lora/conv.h"
+#include "multi_lora/cuda_backend.h"
 #include "multi_lora/embedding.h"
 
 namespace pylora::multi_lora {
@@ -44,6 +45,12 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight,
   const Tensor v =
       at::empty({x_rows.size(0), args.shape.v_stride}, x.options().dtype(binding::accumulator_type(x.scalar_type())));
   args.v = v.mutable_data_ptr();
+#if defined(PYLORA_WITH_CUDA)
+  if (!x.is_cpu()) {
+    on_cuda::forward(on_cuda::batch_of(args.shape, plan, adapters, x_rows), x_rows, y, v);
+    return {y.view(binding::shape_with_width(x, weight.size(0))), v};
+  }
+#endif
   binding::throw_unless_ok(segments_forward_cpu(binding::cpu_context(), args));
   return {y.view(binding::shape_with_width(x, weight.size(0))), v};
 }
@@ -76,6 +83,15 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const OptionalTenso
     dx = binding::dense_product(dy_rows, weight->t(), std::nullopt);
     args.dx = {dx.mutable_data_ptr(), in_features, 1};
   }
+#if defined(PYLORA_WITH_CUDA)
+  if (!dy.is_cpu()) {
+    const SegmentShape shape = {in_features, out_features, rank, binding::to_dtype(dy.scalar_type())};
+    auto grads = on_cuda::backward(on_cuda::batch_of(shape, args.plan, adapters, dy_rows), dy_rows, x_rows, v,
+                                   need_x ? dx : Tensor(), a, b, need_factors);
+    return {need_x ? dx.view(binding::shape_with_width(dy, in_features)) : dx, std::move(grads.da),
+            std::move(grads.db)};
+  }
+#endif
   FactorSums factor_sums(need_factors ? a : TensorList(), need_factors ? b : TensorList(), sums);
   const Tensor g = at::empty({dy_rows.size(0), rank}, sums);
   args.shape = {in_features, out_features, rank, binding::to_dtype(dy.scalar_type())};
@@ -90,6 +106,29 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const OptionalTenso
   auto [da, db] = factor_sums.as_gradients(a, b);
   return {need_x ? dx.view(binding::shape_with_width(dy, in_features)) : dx, std::move(da), std::move(db)};
 }
+
+#if defined(PYLORA_WITH_CUDA)
+std::tuple<Tensor, Tensor> linear_forward_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                               PYLORA_MULTI_LORA_ARGS) {
+  return linear_forward(x, weight, bias, on_cuda::of_one_dtype(a), on_cuda::of_one_dtype(b), scalings, dropout, rng,
+                        order, indptr, slots);
+}
+
+Tensor linear_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, PYLORA_MULTI_LORA_ARGS) {
+  return std::get<0>(linear_forward_cuda(x, weight, bias, PYLORA_MULTI_LORA_NAMES));
+}
+
+Gradients linear_backward_cuda(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& v,
+                               PYLORA_MULTI_LORA_ARGS, bool need_x, bool need_factors) {
+  auto [dx, da, db] = linear_backward(dy, x, weight, v, on_cuda::of_one_dtype(a), on_cuda::of_one_dtype(b), scalings,
+                                      dropout, rng, order, indptr, slots, need_x, need_factors);
+  for (size_t i = 0; i < da.size(); ++i) {
+    da[i] = da[i].to(a[i].scalar_type());
+    db[i] = db[i].to(b[i].scalar_type());
+  }
+  return {dx, da, db};
+}
+#endif
 
 // ---- derivatives ----
 
@@ -166,11 +205,11 @@ Tensor linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTens
   return call_linear(x, weight, bias, PYLORA_MULTI_LORA_NAMES);
 }
 
+template <c10::DispatchKey key, c10::DeviceType device>
 Tensor linear_autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, PYLORA_MULTI_LORA_ARGS) {
-  const c10::impl::ExcludeDispatchKeyGuard below(c10::DispatchKey::AutocastCPU);
+  const c10::impl::ExcludeDispatchKeyGuard below(key);
   const auto cast = [](const Tensor& t) {
-    return at::autocast::cached_cast(at::autocast::get_lower_precision_fp_from_device_type(c10::DeviceType::CPU), t,
-                                     c10::DeviceType::CPU);
+    return at::autocast::cached_cast(at::autocast::get_lower_precision_fp_from_device_type(device), t, device);
   };
   return call_linear(cast(x), cast(weight), bias ? OptionalTensor(cast(*bias)) : bias, PYLORA_MULTI_LORA_NAMES);
 }
@@ -214,12 +253,26 @@ TORCH_LIBRARY_IMPL(pylora, CPU, m) {
   m.impl("multi_lora_conv_backward", &conv_backward);
 }
 
+#if defined(PYLORA_WITH_CUDA)
+TORCH_LIBRARY_IMPL(pylora, CUDA, m) {
+  m.impl("multi_lora_linear", &linear_cuda);
+  m.impl("multi_lora_linear_forward", &linear_forward_cuda);
+  m.impl("multi_lora_linear_backward", &linear_backward_cuda);
+}
+#endif
+
 TORCH_LIBRARY_IMPL(pylora, Autograd, m) {
   m.impl("multi_lora_linear", &linear_autograd);
   m.impl("multi_lora_embedding_", &embedding_autograd);
   m.impl("multi_lora_conv_", &conv_autograd);
 }
 
-TORCH_LIBRARY_IMPL(pylora, AutocastCPU, m) { m.impl("multi_lora_linear", &linear_autocast); }
+TORCH_LIBRARY_IMPL(pylora, AutocastCPU, m) {
+  m.impl("multi_lora_linear", &linear_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+}
+
+TORCH_LIBRARY_IMPL(pylora, AutocastCUDA, m) {
+  m.impl("multi_lora_linear", &linear_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+}
 
 }  // namespace pylora::multi_lora

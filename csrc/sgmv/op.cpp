@@ -14,15 +14,17 @@ struct Rows {
 
   explicit Rows(std::vector<Tensor> given) : tensors(std::move(given)) {}
 
-  SegmentPlan plan(const char* op, int64_t num_tokens, int64_t num_slots) const {
+  SegmentPlan plan(const char* op, const Tensor& like, int64_t num_slots) const {
     const Tensor &indptr = tensors[0], &slots = tensors[1];
-    binding::check_indices(op, "segment_slots", slots, -1);
-    binding::check_indptr(op, "segment_indptr", indptr, slots.size(0), num_tokens);
+    binding::check_indices(op, "segment_slots", slots, -1, like);
+    binding::check_indptr(op, "segment_indptr", indptr, slots.size(0), like.size(0), like);
+    binding::Checks(op).same_device("segment_slots", slots, "segment_indptr", indptr);
     binding::check_slots(op, "segment_slots", slots, num_slots);
     SegmentPlan plan;
     plan.num_segments = slots.size(0);
     plan.indptr = indptr.const_data_ptr<int32_t>();
     plan.slots = slots.const_data_ptr<int32_t>();
+    plan.on_device = !slots.is_cpu();
     return plan;
   }
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass
-class Rows:
+class Rows(NamedTuple):
     """Which row belongs to which slot: what the kernels take for a plan."""
 
     fields: dict[str, Any]
@@ -57,24 +55,65 @@ class SegmentKernels:
             if is_emulated():
                 self.launches += self._module.take_launches()
 
-    def plan(self, row_slots: Tensor) -> Rows:
-        """Rows sorted by slot, as a plan that the device builds."""
+    def _plan(self, name: str, num_runs: int, item_rows: int, **fields: Any) -> dict[str, Any]:
+        max_items = self._ops.max_items(fields["num_rows"], num_runs, item_rows)
+        items = torch.full((max_items, 4), -9, dtype=torch.int32)
+        num_items = torch.full((1,), -9, dtype=torch.int32)
+        made = {"items": items, "num_items": num_items}
+        self._call(name, **fields, **made, item_rows=item_rows, max_items=max_items)
+        return made
+
+    def plan(self, row_slots: Tensor, item_rows: int = ITEM_ROWS) -> Rows:
+        """Rows sorted by slot, as a plan that the device builds from segments."""
         slots, order = torch.sort(row_slots, stable=True)
         runs, counts = torch.unique_consecutive(slots, return_counts=True)
         indptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
-        max_items = self._ops.max_items(len(row_slots), len(runs))
-        items = torch.full((max_items, 4), -9, dtype=torch.int32)
-        num_items = torch.full((1,), -9, dtype=torch.int32)
-        self._call(
+        made = self.segments(indptr, runs.to(torch.int32), len(row_slots), item_rows=item_rows)
+        return made._replace(fields={**made.fields, "order": order.to(torch.int32)})
+
+    def segments(
+        self,
+        indptr: Tensor,
+        slots: Tensor,
+        num_rows: int,
+        num_slots: int = 1 << 20,
+        order: Tensor | None = None,
+        tokens_per_row: int = 1,
+        item_rows: int = ITEM_ROWS,
+    ) -> Rows:
+        """A plan from segments of neighbouring rows, or of sequences of `tokens_per_row` rows in an order."""
+        rows = torch.full((num_rows,), -9, dtype=torch.int32) if tokens_per_row > 1 and order is not None else None
+        made = self._plan(
             "plan_segments",
+            len(slots),
+            item_rows,
             indptr=indptr,
-            slots=runs.to(torch.int32),
-            num_segments=len(runs),
-            items=items,
-            num_items=num_items,
+            slots=slots,
+            num_rows=num_rows,
+            num_segments=len(slots),
+            num_slots=num_slots,
+            order=order,
+            tokens_per_row=tokens_per_row,
+            rows=rows,
         )
-        fields = {"items": items, "num_items": num_items, "order": order.to(torch.int32)}
-        return Rows(fields, len(row_slots), max_items)
+        return Rows({**made, "order": order if rows is None else rows}, num_rows, len(made["items"]))
+
+    def grouped(self, row_slots: Tensor, num_slots: int, item_rows: int = ITEM_ROWS) -> Rows:
+        """A plan that the device sorts from a slot for each row."""
+        num_rows = len(row_slots)
+        rows = torch.full((num_rows,), -9, dtype=torch.int32)
+        starts = torch.full((num_slots,), -9, dtype=torch.int32)
+        made = self._plan(
+            "group_rows",
+            num_slots,
+            item_rows,
+            slots=row_slots,
+            num_rows=num_rows,
+            num_slots=num_slots,
+            rows=rows,
+            starts=starts,
+        )
+        return Rows({**made, "order": rows}, num_rows, len(made["items"]))
 
     def one_slot(self, num_rows: int) -> Rows:
         """All rows are slot 0's."""

@@ -149,12 +149,21 @@ void define_outer(py::module_& module) {
 
 void define(py::module_& module) {
   Fields<PlanArgs> plan;
-  plan.field("indptr", &PlanArgs::indptr)
-      .field("slots", &PlanArgs::slots)
+  plan.field("num_rows", &PlanArgs::num_rows)
       .field("num_segments", &PlanArgs::num_segments)
+      .field("num_slots", &PlanArgs::num_slots)
+      .field("item_rows", &PlanArgs::item_rows)
+      .field("indptr", &PlanArgs::indptr)
+      .field("slots", &PlanArgs::slots)
+      .field("tokens_per_row", &PlanArgs::tokens_per_row)
+      .field("order", &PlanArgs::order)
+      .field("rows", &PlanArgs::rows)
+      .field("starts", &PlanArgs::starts)
       .field("items", &PlanArgs::items)
+      .field("max_items", &PlanArgs::max_items)
       .field("num_items", &PlanArgs::num_items);
   def_launcher(module, "plan_segments", plan, &plan_segments);
+  def_launcher(module, "group_rows", plan, &group_rows);
   module.def("max_items", &max_items);
   define_shrink(module);
   define_decode(module);
@@ -162,6 +171,7 @@ void define(py::module_& module) {
 
   Fields<ExpandArgs> expand_fields = segment_fields<ExpandArgs>();
   expand_fields.field("y", &ExpandArgs::y)
+      .field("scaled", &ExpandArgs::scaled)
       .field("dropout", &ExpandArgs::dropout)
       .set("factors", factors(&ExpandArgs::factors))
       .set("widths", numbers(&ExpandArgs::widths))

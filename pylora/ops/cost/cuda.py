@@ -82,7 +82,14 @@ def backward(
     return Cost(4 * v * (in_features + out_features), size * rows + factor_size * factors + max(size, 4) * v)
 
 
-LAUNCHES = {"shrink": 1, "expand": 1, "decode": 1, "backward": 4}
+def dora_norms(out_features: int, in_features: int, rank: int, dtype: str, factor_dtype: str | None = None) -> Cost:
+    """Norms of the rows of W + scaling B A: W and the factors read once, a norm in f64 written for each row."""
+    factors = BYTES[factor_dtype or dtype] * rank * (in_features + out_features)
+    elements = out_features * in_features
+    return Cost(2 * elements * (rank + 2), BYTES[dtype] * elements + factors + 8 * out_features)
+
+
+LAUNCHES = {"shrink": 1, "expand": 1, "decode": 1, "backward": 4, "dora_norms": 1}
 """Kernels that each of them is made of: backward has shrink for G, expand for dX, and one sum each for dA and dB."""
 
 
