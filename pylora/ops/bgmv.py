@@ -46,6 +46,11 @@ def bgmv_(
             matter.
         b_layout: "rank_out", or "out_rank" where b_pool is `[num_slots, out_features, max_rank]`.
 
+    On CUDA ranks, scalings and token_slots may be on x's device: then nothing is read from it, so that a CUDA graph
+    can hold the call, and a replay follows what is there by then. Their values are checked only with PYLORA_CHECK=1,
+    which waits for the device; otherwise a token of a slot that does not exist is left alone. A graph keeps the values
+    of those that are on the CPU.
+
     Numerics: sums are f32 (f64 for float64 x) whatever the pools' dtype; y is read, added to and rounded once (once for
     each 512 ranks). A row's bits depend on the row and its slot alone, not on the other rows or on the threads.
 

@@ -60,7 +60,8 @@ def multi_lora_linear(
         weight: `[out_features, in_features]`, x's dtype, any strides.
         bias: `[out_features]`, x's dtype, or None.
         pools: The adapters, by slot.
-        plan: The slots of the rows, shared by all layers of a batch.
+        plan: The slots of the rows, shared by all layers of a batch. On x's CUDA device (`BatchPlan.to`) it is not
+            checked but with PYLORA_CHECK=1, and a CUDA graph that holds the call follows it.
         rng: int64 `[2]`, as from `draw_rng`; drawn here if None and a probability is not 0.
 
     Returns:

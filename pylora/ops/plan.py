@@ -55,6 +55,14 @@ class BatchPlan(NamedTuple):
             indptr.append(len(order))
         return BatchPlan(_int32(order), _int32(indptr), _int32(slots))
 
+    def to(self, device: torch.device | str) -> BatchPlan:
+        """The plan in a device's memory, where the ops on CUDA read it without the host: for CUDA graphs.
+
+        A captured call reads these very tensors. For another batch of as many rows, copy its plan into them; it may
+        have fewer segments if the last entries of `segment_indptr` are the number of rows and those slots -1.
+        """
+        return BatchPlan(*(t.to(device) for t in self))
+
     @property
     def num_rows(self) -> int:
         """Rows of the batch."""

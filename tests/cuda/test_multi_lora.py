@@ -186,9 +186,9 @@ def test_few_rows_take_three_launches(device, dtype):
     workspace = planes(device.multi_lora.forward_workspace_bytes(**fields))
     device.multi_lora.forward(**fields, x=batch.x, y=y, v=v, workspace=workspace)
     names = [launch["kernel"] for launch in device.take_launches()]
-    assert [
-        any(kernel in name for name in names) for kernel in ("send_kernel", "plan_kernel", "decode_kernel")
-    ] == [True] * 3
+    assert [any(kernel in name for name in names) for kernel in ("send_kernel", "plan_kernel", "decode_kernel")] == [
+        True
+    ] * 3
     assert len(names) == 3
 
 

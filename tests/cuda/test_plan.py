@@ -24,7 +24,7 @@ def rows_of(plan: Rows) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize(("num_rows", "num_slots"), [(0, 3), (1, 1), (33, 5), (700, 300), (1500, 2)])
 def test_grouped(kernels, num_rows, num_slots, popularity, item_rows):
-    """Every row that has a slot, once, sorted by slot and in the batch's order; whole items but for the last of a slot."""
+    """Every row that has a slot, once, sorted by slot, then in order; whole items but for the last of a slot."""
     slots = token_slots(popularity, num_rows, num_slots)
     plan = kernels.grouped(slots, num_slots, item_rows)
     found = rows_of(plan)
@@ -58,5 +58,7 @@ def test_kernels_take_a_grouped_plan(kernels: SegmentKernels, dtype, num_splits)
     """The same bits as with the plan that is sorted on the host."""
     slots = token_slots("zipf", 150, 4)
     x, a = torch.randn(150, 1100).to(dtype), torch.randn(4, 8, 1100).to(dtype)
-    of_host, of_device = (kernels.shrink(plan, x, [a], num_splits) for plan in (kernels.plan(slots), kernels.grouped(slots, 4)))
+    of_host, of_device = (
+        kernels.shrink(plan, x, [a], num_splits) for plan in (kernels.plan(slots), kernels.grouped(slots, 4))
+    )
     assert torch.equal(of_host, of_device)
