@@ -47,7 +47,12 @@ class Batch(NamedTuple):
     tokens_per_row: int
 
     def fields(self, plan: BatchPlan, on_device: bool) -> dict[str, Any]:
+        where = "" if on_device else "host_"
         return {
+            f"{where}order": plan.order,
+            f"{where}indptr": plan.segment_indptr,
+            f"{where}plan_slots": plan.segment_slots,
+            "on_device": on_device,
             "num_tokens": len(self.x),
             "in_features": self.x.shape[1],
             "out_features": self.dy.shape[1],
@@ -59,10 +64,6 @@ class Batch(NamedTuple):
             "dropouts": self.dropouts,
             "num_segments": len(plan.segment_slots),
             "tokens_per_row": self.tokens_per_row,
-            "order": plan.order,
-            "indptr": plan.segment_indptr,
-            "plan_slots": plan.segment_slots,
-            "on_device": on_device,
         }
 
     def definition(self, base_y: Tensor, base_dx: Tensor, absolute: bool = False):
@@ -167,6 +168,7 @@ def test_no_rows(device, dtype, factor_dtype):
     check(device, batch_of(0, 8, 16, [4, 2], dtype, factor_dtype))
 
 
+@pytest.mark.emulator
 def test_more_adapters_and_rows_than_a_launch_carries(device):
     """In 3840 bytes: 37 adapters of 128, and with a plan in the host's memory 2000 rows of 4, in each direction."""
     batch = batch_of(2000, 16, 24, [1 + i % 5 for i in range(37)], torch.float32, torch.float32, "zipf")
@@ -177,6 +179,7 @@ def test_more_adapters_and_rows_than_a_launch_carries(device):
         assert sum(sent) == 2 * (2 if on_device else 4)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_few_rows_take_three_launches(device, dtype):
     """What the host knows, the plan, and shrink with expand."""

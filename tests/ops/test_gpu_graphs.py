@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pylora.bench import gpu
 from pylora.ops import AdapterPools, BatchPlan, bgmv_, multi_lora_linear, sgmv_
 from pylora.ops.reference.multi_lora import multi_lora_linear as linear_definition
 from pylora.ops.reference.sgmv import bgmv as bgmv_definition
@@ -14,7 +15,7 @@ from pylora.testing.pools import PoolInputs, pool_inputs
 from pylora.testing.tolerances import assert_near
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+LACKING = gpu.unusable()
 TOKENS, SLOTS = 24, 5
 
 WAITS = re.compile(r"\.item[(<]|\.cpu\(|\.tolist|nonzero|Synchronize|cudaMemcpy|cudaMalloc|at::kCPU|cudaEvent")
@@ -63,7 +64,8 @@ def check_pools(y: Tensor, inputs: PoolInputs) -> None:
     assert_near(y.cpu(), bgmv_definition(*tensors, *more), 600, "y", size, sums_in=torch.float32)
 
 
-@needs_gpu
+@pytest.mark.cuda
+@pytest.mark.skipif(bool(LACKING), reason=LACKING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("op", ["bgmv", "sgmv"])
 def test_pools_follow_what_is_on_the_device(dtype, op):
@@ -97,7 +99,8 @@ def test_pools_follow_what_is_on_the_device(dtype, op):
         check_pools(y, batch)
 
 
-@needs_gpu
+@pytest.mark.cuda
+@pytest.mark.skipif(bool(LACKING), reason=LACKING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_layer_follows_the_plan_on_the_device(dtype):
     a = [torch.randn(rank, 256, device="cuda", dtype=dtype) / 16 for rank in (16, 3, 8)]

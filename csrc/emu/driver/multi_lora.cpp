@@ -10,19 +10,19 @@ using namespace pylora::multi_lora;
 
 /// A launcher's arguments with the arrays that they point to.
 template <class Args>
-struct Call {
+struct Held {
   Args args;
   std::vector<SegmentSlot> slots;
   std::vector<void*> da, db;
 };
 
 template <class Args>
-using Member = std::vector<void*> Call<Args>::*;
+using Member = std::vector<void*> Held<Args>::*;
 
 /// A tensor for each adapter: [rank, in_features] or [out_features, rank].
 template <class Args>
-typename Fields<Call<Args>>::Setter factors(ConstMatrix SegmentSlot::* factor) {
-  return [factor](Call<Args>& call, py::handle list, std::vector<Region>& regions) {
+typename Fields<Held<Args>>::Setter factors(ConstMatrix SegmentSlot::* factor) {
+  return [factor](Held<Args>& call, py::handle list, std::vector<Region>& regions) {
     call.slots.resize(py::len(list));
     size_t i = 0;
     for (const py::handle tensor : list) {
@@ -35,37 +35,45 @@ typename Fields<Call<Args>>::Setter factors(ConstMatrix SegmentSlot::* factor) {
 }
 
 template <class Args>
-typename Fields<Call<Args>>::Setter gradients(Member<Args> member) {
-  return [member](Call<Args>& call, py::handle list, std::vector<Region>& regions) {
+typename Fields<Held<Args>>::Setter gradients(Member<Args> member) {
+  return [member](Held<Args>& call, py::handle list, std::vector<Region>& regions) {
     for (const py::handle tensor : list)
       (call.*member).push_back(reinterpret_cast<void*>(address_of(tensor, true, regions)));
   };
 }
 
 template <class Args, class T>
-typename Fields<Call<Args>>::Setter of_plan(T SegmentPlan::* member) {
-  return [member](Call<Args>& call, py::handle value, std::vector<Region>& regions) {
+typename Fields<Held<Args>>::Setter of_plan(T SegmentPlan::* member) {
+  return [member](Held<Args>& call, py::handle value, std::vector<Region>& regions) {
     assign(call.args.batch.plan.*member, value, regions);
   };
 }
 
+/// A part of a plan that stays on the host: its memory is no region.
+template <class Args>
+typename Fields<Held<Args>>::Setter of_host(const int32_t* SegmentPlan::* member) {
+  return [member](Held<Args>& call, py::handle tensor, std::vector<Region>&) {
+    call.args.batch.plan.*member = reinterpret_cast<const int32_t*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  };
+}
+
 template <class Args, class T>
-typename Fields<Call<Args>>::Setter of_shape(T SegmentShape::* member) {
-  return [member](Call<Args>& call, py::handle value, std::vector<Region>& regions) {
+typename Fields<Held<Args>>::Setter of_shape(T SegmentShape::* member) {
+  return [member](Held<Args>& call, py::handle value, std::vector<Region>& regions) {
     assign(call.args.batch.shape.*member, value, regions);
   };
 }
 
 template <class Args, class T>
-typename Fields<Call<Args>>::Setter of_args(T Args::* member) {
-  return [member](Call<Args>& call, py::handle value, std::vector<Region>& regions) {
+typename Fields<Held<Args>>::Setter of_args(T Args::* member) {
+  return [member](Held<Args>& call, py::handle value, std::vector<Region>& regions) {
     assign(call.args.*member, value, regions);
   };
 }
 
 template <class Args>
-Fields<Call<Args>> batch_fields() {
-  Fields<Call<Args>> fields;
+Fields<Held<Args>> batch_fields() {
+  Fields<Held<Args>> fields;
   fields.set("in_features", of_shape<Args>(&SegmentShape::in_features))
       .set("out_features", of_shape<Args>(&SegmentShape::out_features))
       .set("v_stride", of_shape<Args>(&SegmentShape::v_stride))
@@ -75,19 +83,22 @@ Fields<Call<Args>> batch_fields() {
       .set("order", of_plan<Args>(&SegmentPlan::order))
       .set("indptr", of_plan<Args>(&SegmentPlan::indptr))
       .set("plan_slots", of_plan<Args>(&SegmentPlan::slots))
+      .set("host_order", of_host<Args>(&SegmentPlan::order))
+      .set("host_indptr", of_host<Args>(&SegmentPlan::indptr))
+      .set("host_plan_slots", of_host<Args>(&SegmentPlan::slots))
       .set("on_device", of_plan<Args>(&SegmentPlan::on_device))
-      .set("num_tokens", [](Call<Args>& call, py::handle value,
+      .set("num_tokens", [](Held<Args>& call, py::handle value,
                             std::vector<Region>&) { call.args.batch.num_tokens = value.cast<int64_t>(); })
       .set("a", factors<Args>(&SegmentSlot::a))
       .set("b", factors<Args>(&SegmentSlot::b))
       .set("scalings",
-           [](Call<Args>& call, py::handle list, std::vector<Region>&) {
+           [](Held<Args>& call, py::handle list, std::vector<Region>&) {
              call.slots.resize(py::len(list));
              size_t i = 0;
              for (const py::handle value : list)
                call.slots[i++].scaling = value.cast<double>();
            })
-      .set("dropouts", [](Call<Args>& call, py::handle list, std::vector<Region>& regions) {
+      .set("dropouts", [](Held<Args>& call, py::handle list, std::vector<Region>& regions) {
         call.slots.resize(py::len(list));
         size_t i = 0;
         for (const py::handle value : list)
@@ -97,29 +108,29 @@ Fields<Call<Args>> batch_fields() {
 }
 
 template <class Args>
-Args with_arrays(const Call<Args>& call) {
+Args with_arrays(const Held<Args>& call) {
   Args args = call.args;
   args.batch.slots = call.slots.data();
   args.batch.num_slots = static_cast<int64_t>(call.slots.size());
   return args;
 }
 
-Status forward(const Context& context, const Call<ForwardArgs>& call) {
+Status forward(const Context& context, const Held<ForwardArgs>& call) {
   return forward_cuda(context, with_arrays(call));
 }
 
-Status backward(const Context& context, const Call<BackwardArgs>& call) {
+Status backward(const Context& context, const Held<BackwardArgs>& call) {
   BackwardArgs args = with_arrays(call);
   args.da = call.da.empty() ? nullptr : call.da.data();
   args.db = call.db.empty() ? nullptr : call.db.data();
   return backward_cuda(context, args);
 }
 
-int64_t forward_bytes(const Call<ForwardArgs>& call) { return forward_workspace_bytes(with_arrays(call).batch); }
-int64_t backward_bytes(const Call<ForwardArgs>& call) { return backward_workspace_bytes(with_arrays(call).batch); }
+int64_t forward_bytes(const Held<ForwardArgs>& call) { return forward_workspace_bytes(with_arrays(call).batch); }
+int64_t backward_bytes(const Held<ForwardArgs>& call) { return backward_workspace_bytes(with_arrays(call).batch); }
 
 void define(py::module_& module) {
-  Fields<Call<ForwardArgs>> forward_fields = batch_fields<ForwardArgs>();
+  Fields<Held<ForwardArgs>> forward_fields = batch_fields<ForwardArgs>();
   def_function(module, "forward_workspace_bytes", forward_fields, &forward_bytes);
   def_function(module, "backward_workspace_bytes", forward_fields, &backward_bytes);
   forward_fields.set("x", of_args<ForwardArgs>(&ForwardArgs::x))
@@ -128,13 +139,13 @@ void define(py::module_& module) {
       .set("workspace", of_args<ForwardArgs>(&ForwardArgs::workspace));
   def_launcher(module, "forward", forward_fields, &forward);
 
-  Fields<Call<BackwardArgs>> backward_fields = batch_fields<BackwardArgs>();
+  Fields<Held<BackwardArgs>> backward_fields = batch_fields<BackwardArgs>();
   backward_fields.set("dy", of_args<BackwardArgs>(&BackwardArgs::dy))
       .set("x", of_args<BackwardArgs>(&BackwardArgs::x))
       .set("v", of_args<BackwardArgs>(&BackwardArgs::v))
       .set("dx", of_args<BackwardArgs>(&BackwardArgs::dx))
-      .set("da", gradients<BackwardArgs>(&Call<BackwardArgs>::da))
-      .set("db", gradients<BackwardArgs>(&Call<BackwardArgs>::db))
+      .set("da", gradients<BackwardArgs>(&Held<BackwardArgs>::da))
+      .set("db", gradients<BackwardArgs>(&Held<BackwardArgs>::db))
       .set("workspace", of_args<BackwardArgs>(&BackwardArgs::workspace));
   def_launcher(module, "backward", backward_fields, &backward);
 }
