@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -241,13 +241,12 @@ def without(
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Merges and unmerges of all layers of `model` in this block: if it raises, every weight is as it was before.
+def all_or_nothing(layers: Sequence[Any]) -> Iterator[None]:
+    """Merges and unmerges of a model's tuner layers in this block: if it raises, every weight is as it was before.
 
     Bit for bit where the kernels serve, since merging the same factors again gives the same values; elsewhere up to one
     rounding.
     """
-    layers: list[Any] = list(tuner_layers(model))
     before = [(layer, list(getattr(layer, "_merge_records", ())), list(layer.merged_adapters)) for layer in layers]
     try:
         yield

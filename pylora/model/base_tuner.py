@@ -257,7 +257,7 @@ class BaseTuner(nn.Module, ABC):
         self._check_merge_allowed()
         layers = tuner_layers(self.model)
         self._check_merge(layers, safe_merge, adapter_names)
-        with all_or_nothing(self.model):
+        with all_or_nothing(layers):
             for layer in layers:
                 _merge(layer, safe_merge, adapter_names)
 
@@ -267,10 +267,9 @@ class BaseTuner(nn.Module, ABC):
         Raises:
             ValueError: A base weight has been changed since the merge. Every layer of the model is then as it was.
         """
-        with all_or_nothing(self.model):
-            for layer in reversed(
-                list(tuner_layers(self.model))
-            ):  # layers may share a weight: the last merge goes first
+        layers = tuner_layers(self.model)
+        with all_or_nothing(layers):
+            for layer in reversed(layers):  # layers may share a weight: the last merge goes first
                 if layer.merged or not getattr(layer, "_tied_layers", None):
                     layer.unmerge()
 
