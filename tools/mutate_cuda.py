@@ -105,6 +105,15 @@ class Results:
         sources, tests = KERNELS[mutant.kernel]
         return {"sources": self._digest(sources), "tests": self._digest([tests])}
 
+    def limit(self, mutant: Mutant, measure: Callable[[], float]) -> float:
+        """Seconds that the kernel's tests may take, measured once for its sources and tests as they are."""
+        key, state = f"limit: {mutant.kernel}", self._state(mutant)
+        kept = self._kept.get(key)
+        if kept is None or {name: kept[name] for name in state} != state:
+            kept = {"seconds": measure(), **state}
+            self._keep(key, kept)
+        return float(kept["seconds"])
+
     def has(self, mutant: Mutant) -> bool:
         kept, state = self._kept.get(mutant.key), self._state(mutant)
         if kept is None or kept["sources"] != state["sources"]:
@@ -116,7 +125,10 @@ class Results:
         return noticed
 
     def __setitem__(self, mutant: Mutant, noticed: bool | None) -> None:
-        self._kept[mutant.key] = {"noticed": noticed, **self._state(mutant)}
+        self._keep(mutant.key, {"noticed": noticed, **self._state(mutant)})
+
+    def _keep(self, key: str, value: dict[str, Any]) -> None:
+        self._kept[key] = value
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(self._kept, indent=1, sort_keys=True))
 
@@ -233,21 +245,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if share >= options.goal else 1
 
 
+def seconds_of_sound(kernel: str) -> float:
+    """How long the kernel's tests take on the sources as they are; the last mutant's object may still be there."""
+    if not build():
+        raise SystemExit("mutate_cuda: the sources as they are do not build")
+    start = time.monotonic()
+    if notices(kernel, 1200):
+        raise SystemExit(f"mutate_cuda: {KERNELS[kernel][1]} fails on the sources as they are")
+    return time.monotonic() - start
+
+
 def try_all(mutants: list[Mutant], results: Results, options: argparse.Namespace, console: Console) -> None:
     """Until --minutes have passed."""
     start = time.monotonic()
-    limits: dict[str, float] = {}  # seconds, a kernel
     if mutants:
         prepare()
     for mutant in mutants:
         if time.monotonic() - start > 60 * options.minutes:
             return
-        if mutant.kernel not in limits:
-            begin = time.monotonic()
-            if not build() or notices(mutant.kernel, 1200):  # the last mutant's object may still be there
-                raise SystemExit(f"mutate_cuda: {KERNELS[mutant.kernel][1]} fails on the sources as they are")
-            limits[mutant.kernel] = options.patience * (time.monotonic() - begin)
-        results[mutant] = try_out(mutant, limits[mutant.kernel])
+        limit = results.limit(mutant, lambda kernel=mutant.kernel: options.patience * seconds_of_sound(kernel))
+        results[mutant] = try_out(mutant, limit)
         word = {True: "noticed", False: "UNNOTICED", None: "does not compile"}[results[mutant]]
         console.print(f"{word}: {mutant.path}:{mutant.line}: {mutant.rule}", markup=False, highlight=False)
 

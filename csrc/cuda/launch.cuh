@@ -3,18 +3,12 @@
 
 #include "common/status.h"
 #include "cuda/platform.cuh"
+#include "cuda/refusals.h"
 
 namespace pylora::cuda {
 
 /// Shared memory that a kernel gets without asking for more.
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
-
-#if !defined(PYLORA_EMULATE)
-inline Status status_of(cudaError_t error) {
-  if (error == cudaSuccess) return {};
-  return {Status::Code::cuda_error, cudaGetErrorString(error)};
-}
-#endif
 
 /// Multiprocessors of the current device; 0 if there is none.
 inline int num_multiprocessors() {
@@ -40,6 +34,44 @@ inline size_t max_shared_bytes() {
 #endif
 }
 
+#if !defined(PYLORA_EMULATE)
+inline Refusal refusal_of(cudaError_t error, size_t shared_bytes) {
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+    case cudaErrorStubLibrary:
+      return Refusal::no_driver;
+    case cudaErrorNoDevice:
+      return Refusal::no_device;
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInvalidPtx:
+      return Refusal::no_code;
+    default:
+      return shared_bytes > max_shared_bytes() && max_shared_bytes() > 0 ? Refusal::shared_memory : Refusal::other;
+  }
+}
+
+/// The answer of a launch that asked for `shared_bytes` of dynamic shared memory.
+inline Status status_of(cudaError_t error, size_t shared_bytes) {
+  if (error == cudaSuccess) return {};
+  LaunchFacts facts;
+  int device = 0;
+  // Their own failures say nothing new: what could not be found out stays zero.
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&facts.major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&facts.minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  cudaRuntimeGetVersion(&facts.runtime_version);
+  cudaDriverGetVersion(&facts.driver_version);
+  facts.said = cudaGetErrorString(error);
+  facts.built_for = PYLORA_CUDA_ARCHS;
+  facts.shared_bytes = shared_bytes;
+  facts.max_shared_bytes = max_shared_bytes();
+  return {Status::Code::cuda_error, kept(explain(refusal_of(error, shared_bytes), facts))};
+}
+#endif
+
 /// Queues kernel<<<grid, block, shared_bytes, stream>>>(args...), as `launch<kernel<T>>(...)`. The error is that of the
 /// launch alone; a stream that is being captured records it.
 template <auto kernel, class... Args>
@@ -53,10 +85,13 @@ Status launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Ar
     // and the current device.
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return status_of(error);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would be blamed for it
+      return status_of(error, shared_bytes);
+    }
   }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
-  return status_of(cudaGetLastError());
+  return status_of(cudaGetLastError(), shared_bytes);
 #endif
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,18 +17,25 @@ if not is_wanted():
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "emulator: counts launches, bytes or traps, which the emulator alone does")
     config.addinivalue_line("markers", "device: needs the GPU itself: graphs, streams")
+    config.addinivalue_line("markers", "without_gpu: what a build for a GPU says where there is none")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What cannot run is skipped by name, nothing is left out in silence."""
-    why = unusable() if is_wanted() else ""
     for item in items:
-        if not item.path.is_relative_to(__file__.rpartition("/")[0]):
-            continue
-        if why:
-            item.add_marker(pytest.mark.skip(reason=f"CUDA: {why}"))
-        elif item.get_closest_marker("device" if is_emulated() else "emulator"):
-            item.add_marker(pytest.mark.skip(reason="needs a GPU" if is_emulated() else "needs the emulator"))
+        if item.path.is_relative_to(Path(__file__).parent) and (why := lacking(item)):
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+def lacking(item: pytest.Item) -> str:
+    marks = {mark.name for mark in item.iter_markers()}
+    if is_emulated():
+        return "needs a build for a GPU" if marks & {"device", "without_gpu"} else ""
+    if "without_gpu" in marks:
+        return "" if unusable() else "there is a GPU"
+    if unusable():
+        return f"CUDA: {unusable()}"
+    return "counts are the emulator's" if "emulator" in marks else ""
 
 
 @pytest.hookimpl(wrapper=True)
