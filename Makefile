@@ -150,7 +150,7 @@ test-cuda-build: $(CUDA_TORCH)/venv/.installed  ## Build against a CUDA build of
 	mkdir -p $(CUDA_TORCH)/tree
 	find $(CUDA_TORCH)/tree -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C $(CUDA_TORCH)/tree
-	cd $(CUDA_TORCH)/tree && PYLORA_CUDA=1 $(abspath $(CUDA_TORCH))/venv/bin/python setup.py --quiet build_ext --inplace
+	cd $(CUDA_TORCH)/tree && PYLORA_CUDA=1 $(abspath $(CUDA_TORCH))/venv/bin/python -m pip --quiet install --no-build-isolation --no-deps -e .
 	cd $(CUDA_TORCH)/tree && OMP_NUM_THREADS=1 $(abspath $(CUDA_TORCH))/venv/bin/python -m pytest $(PYTEST)
 
 # The tests of csrc/emu/README.md's emulator and, through it, of every CUDA kernel.
