@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from pylora.config.files import replacing
 from pylora.errors import UnsupportedFeatureError
 from pylora.offline.adapter import read_adapter, write_adapter
 from pylora.offline.errors import OfflineError
-from pylora.offline.folders import check_output, new_folder
+from pylora.offline.folders import check_output, disk_failures, new_folder, new_parents
 from pylora.offline.layouts import LAYOUTS, Components, Hints, Source, find_layout
 from pylora.offline.layouts.peft import config_for
 
@@ -131,10 +132,11 @@ def _write_file(components: Components, out: Path, to: str, hints: Hints) -> str
         raise OfflineError(f"{out}: expected a name that ends in .safetensors, .pt or .bin for --to {to}")
     tensors, metadata, note = LAYOUTS[to].write(components, hints)
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(os.fspath(out)) as temporary:
+    with new_parents(out), replacing(os.fspath(out)) as temporary, disk_failures():
         if out.suffix == ".safetensors":
             save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
         else:
-            torch.save(tensors, temporary)
+            pickled = io.BytesIO()  # by its own writing torch makes a RuntimeError of a full disk
+            torch.save(tensors, pickled)
+            Path(temporary).write_bytes(pickled.getbuffer())
     return note

@@ -28,6 +28,41 @@ def check_output(folder: Path, inputs: tuple[Path, ...] = ()) -> None:
 
 
 @contextmanager
+def new_parents(path: Path) -> Iterator[None]:
+    """Make the folders above `path` that are missing; if the block raises, they are removed again.
+
+    Raises:
+        OSError: one cannot be made.
+    """
+    missing = [each for each in path.absolute().parents if not each.exists()]
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for each in missing:
+            try:
+                each.rmdir()
+            except OSError:
+                break
+        raise
+
+
+@contextmanager
+def disk_failures() -> Iterator[None]:
+    """Make an OSError of what safetensors raises when it cannot write a file.
+
+    Raises:
+        OSError: it could not.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+@contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; when the block ends well it is renamed to `folder`.
 
@@ -37,22 +72,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full, or the place cannot be written.
     """
-    missing = [each for each in folder.absolute().parents if not each.exists()]
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.pylora-", dir=folder.absolute().parent))
-    try:
-        yield staging
-        staging.chmod(0o777 & ~_umask())
-        os.replace(staging, folder)  # takes the place of an empty folder too
-        _sync(folder.absolute().parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for each in missing:
-            try:
-                each.rmdir()
-            except OSError:
-                break
-        raise
+    with new_parents(folder):
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.pylora-", dir=folder.absolute().parent))
+        try:
+            with disk_failures():
+                yield staging
+            staging.chmod(0o777 & ~_umask())
+            os.replace(staging, folder)  # takes the place of an empty folder too
+            _sync(folder.absolute().parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import pylora
 from pylora.offline.adapter import read_adapter
+from pylora.offline.layouts.diffusers import _place
 from tests.offline.conftest import fill, llama
 
 ATTENTION = "down_blocks.0.attentions.1.transformer_blocks.0.attn1"
@@ -142,6 +144,80 @@ def test_diffusers_reads_what_is_written(pipeline, cli, tmp_path):
     assert state.keys() == load_file(tmp_path / "f.safetensors").keys()
 
 
+SDXL = {
+    "input_blocks_0_0": (4, 32, 3),
+    "input_blocks_1_0_in_layers_2": (32, 32, 3),
+    "input_blocks_3_0_op": (32, 32, 3),
+    "input_blocks_4_0_emb_layers_1": (48, 32),
+    "input_blocks_4_0_skip_connection": (32, 32, 1),
+    "input_blocks_4_1_proj_in": (32, 32),
+    "input_blocks_8_1_transformer_blocks_9_attn1_to_q": (32, 32),
+    "middle_block_0_out_layers_3": (32, 32, 3),
+    "middle_block_1_transformer_blocks_0_ff_net_0_proj": (32, 64),
+    "middle_block_2_emb_layers_1": (48, 32),
+    "output_blocks_0_0_in_layers_2": (32, 32, 3),
+    "output_blocks_0_1_transformer_blocks_3_attn2_to_out_0": (32, 32),
+    "output_blocks_2_2_conv": (32, 32, 3),
+    "output_blocks_5_1_proj_out": (32, 32),
+    "output_blocks_8_0_skip_connection": (32, 32, 1),
+    "time_embed_0": (32, 48),
+    "label_emb_0_2": (48, 48),
+    "out_2": (32, 4, 3),
+}
+FLUX = {
+    "double_blocks_0_img_attn_qkv": (16, 48),
+    "double_blocks_0_txt_attn_qkv": (16, 48),
+    "double_blocks_1_img_attn_proj": (16, 16),
+    "double_blocks_1_txt_attn_proj": (16, 16),
+    "double_blocks_0_img_mlp_0": (16, 64),
+    "double_blocks_0_img_mlp_2": (64, 16),
+    "double_blocks_0_txt_mlp_0": (16, 64),
+    "double_blocks_0_txt_mlp_2": (64, 16),
+    "double_blocks_0_img_mod_lin": (16, 96),
+    "double_blocks_0_txt_mod_lin": (16, 96),
+    "single_blocks_0_linear1": (16, 7 * 3072),  # the only width for which diffusers splits it
+    "single_blocks_1_linear2": (80, 16),
+    "single_blocks_1_modulation_lin": (16, 48),
+}
+
+
+def original(layers, rank=2, alpha=3.0):
+    """kohya's file for layers of these sizes: columns, rows, and the width of a convolution's kernel."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name, (columns, rows, *kernel) in layers.items():
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(rank, columns, *kernel * 2)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(rows, rank, *[1] * len(kernel * 2))
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+@pytest.mark.parametrize(("component", "layers"), [("unet", SDXL), ("transformer", FLUX)], ids=["SDXL", "Flux"])
+def test_blocks_by_their_original_names(cli, tmp_path, component, layers):
+    """The layers and their changes are those that diffusers makes of the same file."""
+    diffusers = pytest.importorskip("diffusers")
+    tensors = original(layers)
+    save_file(tensors, tmp_path / "f.safetensors")
+    result = cli("convert", tmp_path / "f.safetensors", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = read_adapter(tmp_path / "out").layers
+    if component == "unet":
+        config = SimpleNamespace(layers_per_block=2)
+        theirs, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=config)
+    else:
+        theirs, alphas = diffusers.FluxPipeline.lora_state_dict(tensors, return_alphas=True)
+    theirs = {key.removeprefix(f"{component}."): tensor for key, tensor in theirs.items()}
+    places = {key: _place(key, "") for key in theirs}
+    changes = {name: {} for name, _ in places.values()}
+    for key, (name, part) in places.items():
+        changes[name][part] = theirs[key].flatten(1)
+    assert changes.keys() == found.keys()
+    for name, parts in changes.items():
+        expected = (1.5 if alphas else 1.0) * parts["b"] @ parts["a"]  # Flux's scaling is in the factors
+        a, b = found[name].matrices()
+        torch.testing.assert_close(found[name].scaling * b @ a, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_dora_of_kohya(cli, tmp_path):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     a, b, m = torch.randn(2, 6), torch.randn(4, 2), torch.rand(4, 1) + 1
@@ -245,13 +321,23 @@ class TestRefused:
         save_file({"unet.a.lora_A.weight": torch.zeros(2, 3), "unet.a.lora_B.weight": torch.zeros(4, 3)}, file)
         self.expect(cli("convert", file, out), "(2, 3)", out=out)
 
-    def test_blocks_with_their_original_names(self, cli, tmp_path):
-        stem = "lora_unet_input_blocks_4_1_proj_in"
+    def test_blocks_that_are_not_known(self, cli, tmp_path):
+        for name in ("double_blocks_0_other", "input_blocks_4_0_in_layers_7", "joint_blocks_0_x_block_attn_qkv"):
+            save_file(
+                {f"lora_unet_{name}.lora_down.weight": torch.zeros(2, 3)}
+                | {f"lora_unet_{name}.lora_up.weight": torch.zeros(3, 2)},
+                tmp_path / "f.safetensors",
+            )
+            self.expect(cli("convert", tmp_path / "f.safetensors", tmp_path / "out"), name, out=tmp_path / "out")
+
+    def test_rows_that_cannot_be_divided(self, cli, tmp_path):
+        stem = "lora_unet_single_blocks_0_linear1"
         save_file(
-            {f"{stem}.lora_down.weight": torch.zeros(2, 3), f"{stem}.lora_up.weight": torch.zeros(3, 2)},
+            {f"{stem}.lora_down.weight": torch.zeros(2, 3), f"{stem}.lora_up.weight": torch.zeros(8, 2)},
             tmp_path / "f.safetensors",
         )
-        self.expect(cli("convert", tmp_path / "f.safetensors", tmp_path / "out"), "original", out=tmp_path / "out")
+        told = "expected a multiple of 7 rows, got 8"
+        self.expect(cli("convert", tmp_path / "f.safetensors", tmp_path / "out"), told, out=tmp_path / "out")
 
     def test_output_that_exists(self, adapter, cli, tmp_path):
         out = tmp_path / "mine.safetensors"

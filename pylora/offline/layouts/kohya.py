@@ -5,12 +5,13 @@
     lora_unet_down_blocks_0_attentions_0_proj_in.alpha               scalar
     lora_unet_down_blocks_0_attentions_0_proj_in.dora_scale          [out, 1, ...], of DoRA
 
-Which underscores were dots the base's own names say; without a base, a list of diffusers' and CLIP's compound words.
+SDXL's and Flux's blocks have their original code's names (`original_names.py`). Those are read; diffusers' names are
+written, as kohya's scripts do for SD 1.5. Which underscores were dots the base's own names say; without a base, a list
+of diffusers' and CLIP's compound words.
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from pylora.offline.errors import OfflineError
@@ -24,6 +25,7 @@ from pylora.offline.layouts.layout import (
     pairs,
     require_pipeline_layer,
 )
+from pylora.offline.layouts.original_names import Share, flux_layers, unet_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +46,7 @@ _COMPOUND = frozenset(
         "time_embedding", "add_embedding", "linear_1", "linear_2", "text_model", "self_attn", "q_proj", "k_proj",
         "v_proj", "out_proj", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "ff_context", "proj_mlp",
         "time_text_embed", "timestep_embedder", "text_embedder", "guidance_embedder", "context_embedder", "x_embedder",
-        "token_embedding", "position_embedding", "text_projection", "norm_out",
+        "token_embedding", "position_embedding", "text_projection", "norm_out", "norm1_context",
     )
 )  # fmt: skip
 _SIMPLE = frozenset(
@@ -53,7 +55,7 @@ _SIMPLE = frozenset(
         "conv1", "conv2", "norm", "norm1", "norm2", "linear", "encoder", "layers", "mlp", "fc1", "fc2", "embeddings",
     )
 )  # fmt: skip
-_OTHERS_NAMES = re.compile(r"lora_unet_(?:input_blocks|output_blocks|middle_block|double_blocks|single_blocks|joint)_")
+_FLUX_COMPONENT = "transformer"
 
 
 def _split(key: str) -> tuple[str, str, str] | None:
@@ -68,34 +70,48 @@ def _matches(keys: list[str]) -> bool:
 
 
 def _read(source: Source, hints: Hints) -> Components:
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in source.tensors.items():
-        if _OTHERS_NAMES.match(key):
-            raise OfflineError(
-                f"{source.place}: {key}: the blocks have their original model's names, not diffusers': load the file "
-                "with diffusers' load_lora_weights and save it there, then convert that"
-            )
         split = _split(key)
         if split is None:
             raise OfflineError(f"{source.place}: {key}: expected lora_down, lora_up, alpha or dora_scale of a layer")
         prefix, flat, part = split
-        component = _PREFIXES[prefix]
-        name = _with_dots(source.place, flat, component, hints)
-        found.setdefault(component, {}).setdefault(name, {})[_PARTS[part]] = tensor
+        found.setdefault((_PREFIXES[prefix], flat), {})[_PARTS[part]] = tensor
+    stems = {f"{component} {flat}": parts for (component, flat), parts in found.items()}
+    pairs(source.place, stems, "lora_down", "lora_up")
     components: Components = {}
-    for component, layers in found.items():
-        components[component] = {
-            name: layer_from(
-                source.place,
-                name,
-                parts["a"],
-                parts["b"],
-                float(parts["alpha"]) if "alpha" in parts else None,
-                parts.get("magnitude"),
-            )
-            for name, parts in pairs(source.place, layers, "lora_down", "lora_up").items()
-        }
+    for (component, flat), parts in found.items():
+        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        for target, share in _targets(component, flat):
+            name = _with_dots(source.place, share.name, target, hints)
+            up, magnitude = (_rows(source.place, flat, parts.get(part), share) for part in ("b", "magnitude"))
+            assert up is not None
+            layer = layer_from(source.place, name, parts["a"], up, alpha, magnitude)
+            components.setdefault(target, {})[name] = layer
     return components
+
+
+def _targets(component: str, flat: str) -> list[tuple[str, Share]]:
+    """diffusers' layers for one of the file, each with its component; most have diffusers' names already."""
+    if component != "unet":
+        return [(component, Share(flat))]
+    if (shares := flux_layers(flat)) is not None:
+        return [(_FLUX_COMPONENT, share) for share in shares]
+    return [(component, Share(unet_name(flat) or flat))]
+
+
+def _rows(place: str, flat: str, tensor: Tensor | None, share: Share) -> Tensor | None:
+    """The rows of a layer's output that are another's; None of None.
+
+    Raises:
+        OfflineError: their number cannot be divided so.
+    """
+    if tensor is None or share.parts == 1:
+        return tensor
+    size, left = divmod(tensor.shape[0], share.parts)
+    if left:
+        raise OfflineError(f"{place}: {flat}: expected a multiple of {share.parts} rows, got {tensor.shape[0]}")
+    return tensor[share.first * size : share.last * size]
 
 
 def _with_dots(place: str, flat: str, component: str, hints: Hints) -> str:
