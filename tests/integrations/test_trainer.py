@@ -123,12 +123,15 @@ class TestTrainer:
         trained = [p for p in autocast.model.parameters() if p.requires_grad]
         assert {p.dtype for p in trained} == {torch.float32}
 
-    def test_compiled(self, tmp_path):
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize("variant", [{}, {"use_dora": True}])
+    def test_compiled(self, tmp_path, backend, variant):
         torch._dynamo.reset()
-        plain = trainer(adapted(lora_dropout=0.0), tmp_path)
+        plain = trainer(adapted(lora_dropout=0.0, **variant), tmp_path)
         plain.train()
-        settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-        compiled = trainer(adapted(lora_dropout=0.0), tmp_path / "compiled", **settings)
+        settings = {"torch_compile": True, "torch_compile_backend": backend}
+        compiled = trainer(adapted(lora_dropout=0.0, **variant), tmp_path / "compiled", **settings)
         compiled.train()
         assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
         files = {path.name for path in (tmp_path / "compiled" / "checkpoint-6").iterdir()}
