@@ -24,10 +24,10 @@ def ranks_of(adapters: int, rank: int) -> list[int]:
     return [rank or MIXED_RANKS[i % len(MIXED_RANKS)] for i in range(adapters)]
 
 
-def wrapped(lib: Any, width: int, ranks: list[int], dtype: torch.dtype) -> Any:
+def wrapped(lib: Any, module: nn.Module, ranks: list[int]) -> Any:
     """A layer of that library with one adapter for each rank, called "a0", "a1", ..."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(width, width, bias=False, dtype=dtype).requires_grad_(False))
+    model = nn.Sequential(module.requires_grad_(False))
     configs = [lib.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], init_lora_weights=False) for r in ranks]
     peft_model = lib.get_peft_model(model, configs[0], "a0")
     for i, config in enumerate(configs[1:], 1):
@@ -61,7 +61,8 @@ def multi_lora(
     """A dense layer called with adapter_names, rows dealt to the adapters in turn."""
     x = torch.randn(rows, tokens, width, dtype=getattr(torch, dtype))
     names = [f"a{i % adapters}" for i in range(rows)]
-    layers = {name: wrapped(lib, width, ranks_of(adapters, rank), x.dtype) for name, lib in libraries().items()}
+    module = nn.Linear(width, width, bias=False, dtype=x.dtype)
+    layers = {name: wrapped(lib, module, ranks_of(adapters, rank)) for name, lib in libraries().items()}
     weight = layers["pylora"].base_layer.weight
     providers: dict[str, Callable[[], Any]] = {"base": inference(lambda: nn.functional.linear(x, weight))}
     for name, layer in layers.items():
@@ -73,6 +74,64 @@ def multi_lora(
             assert_near(y, expected(layer, x, names).detach(), width, name, roundings=8 if name == "peft" else 3)
 
     return Work(providers, check)
+
+
+def other_layer(module: nn.Module, x: torch.Tensor, adapters: int, rank: int) -> Work:
+    """A layer called with adapter_names, rows dealt to the adapters in turn, beside the bare one."""
+    names = [f"a{i % adapters}" for i in range(len(x))]
+    layers = {name: wrapped(lib, module, [rank] * adapters) for name, lib in libraries().items()}
+    providers: dict[str, Callable[[], Any]] = {"base": inference(lambda: module(x))}
+    for name, layer in layers.items():
+        providers[name] = inference(lambda layer=layer: layer(x, adapter_names=names))
+
+    def check() -> None:
+        for name, layer in layers.items():
+            y = providers[name]()
+            for row, adapter in enumerate(names):
+                layer.set_adapter(adapter)
+                with torch.no_grad():
+                    torch.testing.assert_close(y[row], layer(x[row : row + 1])[0], rtol=1e-4, atol=1e-3, msg=name)
+
+    return Work(providers, check)
+
+
+@benchmark(
+    base="torch's bare embedding",
+    table=[{}, {"tokens": 1}],
+    sweeps=[Sweep("adapters", (1, 2, 4, 8)), Sweep("rank", RANKS)],
+)
+def multi_lora_embedding(
+    adapters: int = 8, rows: int = 8, tokens: int = 128, width: int = 2048, rank: int = 16, vocabulary: int = 32000
+) -> Work:
+    """An embedding called with adapter_names."""
+    return other_layer(nn.Embedding(vocabulary, width), torch.randint(vocabulary, (rows, tokens)), adapters, rank)
+
+
+@benchmark(
+    base="torch's bare convolution",
+    table=[
+        {},
+        {"channels": 64, "size": 56},
+        {"channels": 320, "size": 32},
+        {"kernel": 1},
+        {"channels": 3, "out": 768, "kernel": 16, "stride": 16, "size": 224},
+    ],
+    sweeps=[Sweep("adapters", (1, 2, 4, 8)), Sweep("rank", RANKS)],
+)
+def multi_lora_conv(
+    adapters: int = 8,
+    rows: int = 8,
+    channels: int = 256,
+    out: int = 0,
+    kernel: int = 3,
+    stride: int = 1,
+    size: int = 14,
+    rank: int = 16,
+) -> Work:
+    """A convolution in two dimensions called with adapter_names; out 0: as many channels as in."""
+    padding = kernel // 2 if stride == 1 else 0
+    module = nn.Conv2d(channels, out or channels, kernel, stride, padding)
+    return other_layer(module, torch.randn(rows, channels, size, size), adapters, rank)
 
 
 @benchmark(base="one adapter of rank 16 trained on the same tokens", table=[{}, {"adapters": 4}])

@@ -20,13 +20,25 @@ int64_t elements_of_b(const SegmentConv& args, const SegmentSlot& slot) {
 
 int64_t accumulator_bytes(const SegmentConv& args) { return dtype_bytes(accumulator_dtype(args.dtype)); }
 
-/// Of slot i: A first, B behind it.
-PackedFactors packed_factors(const SegmentConv& args, int64_t i) {
-  char* p = static_cast<char*>(args.workspace);
-  const int64_t bytes = accumulator_bytes(args);
+int64_t bytes_of_a(const SegmentConv& args, int64_t i) {
+  return align_up(elements_of_a(args, args.slots[i]) * accumulator_bytes(args));
+}
+
+int64_t bytes_of_b(const SegmentConv& args, int64_t i) {
+  return align_up(elements_of_b(args, args.slots[i]) * accumulator_bytes(args));
+}
+
+/// Where slot i's factors lie in the workspace: A first, B behind it.
+int64_t packed_offset(const SegmentConv& args, int64_t i) {
+  int64_t offset = 0;
   for (int64_t s = 0; s < i; ++s)
-    p += align_up(elements_of_a(args, args.slots[s]) * bytes) + align_up(elements_of_b(args, args.slots[s]) * bytes);
-  return {p, p + align_up(elements_of_a(args, args.slots[i]) * bytes)};
+    offset += bytes_of_a(args, s) + bytes_of_b(args, s);
+  return offset;
+}
+
+PackedFactors packed_factors(const SegmentConv& args, int64_t i) {
+  const char* p = static_cast<const char*>(args.workspace) + packed_offset(args, i);
+  return {p, p + bytes_of_a(args, i)};
 }
 
 bool is_used(const SegmentPlan& plan, int64_t slot) {
@@ -53,12 +65,7 @@ ConvGeometry flattened(ConvGeometry g) {
 
 }  // namespace
 
-int64_t segments_conv_workspace_bytes(const SegmentConv& args) {
-  if (args.num_slots == 0) return 0;
-  const PackedFactors last = packed_factors(args, args.num_slots - 1);
-  const int64_t begin = static_cast<const char*>(last.b) - static_cast<const char*>(args.workspace);
-  return begin + align_up(elements_of_b(args, args.slots[args.num_slots - 1]) * accumulator_bytes(args));
-}
+int64_t segments_conv_workspace_bytes(const SegmentConv& args) { return packed_offset(args, args.num_slots); }
 
 Status segments_conv_cpu(const Context& context, const SegmentConv& given) {
   if (given.plan.tokens_per_row != 1) return invalid_argument("conv: plan: expected rows of the batch");

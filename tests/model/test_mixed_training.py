@@ -108,6 +108,30 @@ def test_gradients_are_those_of_an_adapter_s_own_rows(make_transformer, kind) ->
     assert compared == len(mixed) > 0
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])
+def test_each_row_generates_what_its_adapter_does(make_transformer, kind, num_beams) -> None:
+    model = three_adapters(make_transformer, kind).eval()
+    names = ["c", "default", "__base__", "b", "c", "default"]
+    ids = inputs_of(kind, len(names))["input_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "num_beams": num_beams}
+
+    def generate(rows, **kwargs):
+        own = ids[rows]
+        return model.generate(input_ids=own, attention_mask=torch.ones_like(own), **options, **kwargs)
+
+    mixed = generate(list(range(len(names))), adapter_names=names)
+    differing = set()
+    for name in ("default", "b", "c"):
+        model.set_adapter(name)
+        rows = [i for i, each in enumerate(names) if each == name]
+        assert torch.equal(mixed[rows], generate(rows))
+        differing.add(tuple(generate([0])[0].tolist()))
+    with model.disable_adapter():
+        assert torch.equal(mixed[[2]], generate([2]))
+    assert len(differing) > 1, "the adapters give different texts, or the test would pass without them"
+
+
 def linear_layer(**settings):
     torch.manual_seed(0)
     model = get_peft_model(
