@@ -38,9 +38,25 @@ struct BackwardArgs {
   void* workspace = nullptr;  // backward_workspace_bytes(batch), aligned to 64
 };
 
+/// An embedding: x is one-hot, so that v is a look-up in A and da a sum by column. in_features: the columns of A.
+struct EmbeddingArgs {
+  Batch batch;
+  const int64_t* columns = nullptr;  // device, [num_tokens], 0 to in_features - 1 for tokens with a slot
+  int64_t frozen_column = -1;        // da is 0 there
+  MutableMatrix y;                   // forward: [num_tokens, out_features], column stride 1, is added to
+  ConstMatrix dy;                    // backward: the same shape
+  // As in BackwardArgs, but that da is zero before the call: columns that no token has are not written.
+  void* const* da = nullptr;
+  void* const* db = nullptr;
+  void* workspace = nullptr;  // embedding_workspace_bytes(batch), aligned to 64
+};
+
 int64_t forward_workspace_bytes(const Batch& batch);
 int64_t backward_workspace_bytes(const Batch& batch);
 Status forward_cuda(const Context& context, const ForwardArgs& args);
 Status backward_cuda(const Context& context, const BackwardArgs& args);
+int64_t embedding_workspace_bytes(const Batch& batch);
+Status embedding_forward_cuda(const Context& context, const EmbeddingArgs& args);
+Status embedding_backward_cuda(const Context& context, const EmbeddingArgs& args);
 
 }  // namespace pylora::multi_lora

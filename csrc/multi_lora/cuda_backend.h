@@ -73,6 +73,42 @@ inline FactorGradients backward(const Batch& batch, const Tensor& dy_rows, const
   return grads;
 }
 
+/// Adds to y. columns: int64, one for each token.
+inline void embedding(const Batch& batch, const Tensor& columns, const Tensor& y) {
+  const c10::DeviceGuard guard(y.device());
+  const Tensor workspace = binding::workspace_of(embedding_workspace_bytes(batch), y);
+  EmbeddingArgs args;
+  args.batch = batch;
+  args.columns = columns.const_data_ptr<int64_t>();
+  args.y = {y.mutable_data_ptr(), batch.shape.out_features, 1};
+  args.workspace = workspace.mutable_data_ptr();
+  binding::throw_unless_ok(embedding_forward_cuda(binding::device_context(y.device()), args));
+}
+
+inline FactorGradients embedding_backward(const Batch& batch, const Tensor& columns, int64_t frozen_column,
+                                          const Tensor& dy_rows, TensorList a, TensorList b) {
+  const c10::DeviceGuard guard(dy_rows.device());
+  FactorGradients grads;
+  std::vector<void*> da, db;
+  for (size_t i = 0; i < a.size(); ++i) {
+    grads.da.push_back(at::zeros(a[i].sizes(), a[i].options()));
+    grads.db.push_back(at::empty(b[i].sizes(), b[i].options()));
+    da.push_back(grads.da.back().mutable_data_ptr());
+    db.push_back(grads.db.back().mutable_data_ptr());
+  }
+  const Tensor workspace = binding::workspace_of(embedding_workspace_bytes(batch), dy_rows);
+  EmbeddingArgs args;
+  args.batch = batch;
+  args.columns = columns.const_data_ptr<int64_t>();
+  args.frozen_column = frozen_column;
+  args.dy = binding::matrix(dy_rows);
+  args.da = da.data();
+  args.db = db.data();
+  args.workspace = workspace.mutable_data_ptr();
+  binding::throw_unless_ok(embedding_backward_cuda(binding::device_context(dy_rows.device()), args));
+  return grads;
+}
+
 }  // namespace pylora::multi_lora::on_cuda
 
 #endif  // PYLORA_WITH_CUDA

@@ -8,6 +8,7 @@
 
 #include "binding/pool_ops.h"
 #include "multi_lora/adapters.h"
+#include "multi_lora/cuda_backend.h"
 
 namespace pylora::multi_lora {
 
@@ -32,7 +33,9 @@ struct EmbeddingCall {
     plan = check_plan(kEmbedding, "y", like, tokens.numel(), static_cast<int64_t>(a.size()), order, indptr, slots);
     shape = {num_embeddings, out, largest_rank(adapters), binding::to_dtype(like.scalar_type())};
     columns = tokens.to(at::kLong).contiguous();
-    const int64_t* column = columns.const_data_ptr<int64_t>();
+    const Tensor checked = binding::values_to_check(columns);
+    if (!checked.defined() || plan.on_device) return;  // the kernels pass over tokens that there are not
+    const int64_t* column = checked.const_data_ptr<int64_t>();
     for (int64_t s = 0; s < plan.num_segments; ++s) {
       for (int64_t p = plan.begin_of(s); plan.slots[s] >= 0 && p < plan.begin_of(s + 1); ++p) {
         const int64_t found = column[plan.token(p)];
@@ -53,6 +56,12 @@ struct EmbeddingCall {
 inline void embedding(const Tensor& y, const Tensor& tokens, PYLORA_SERVED_ARGS, int64_t) {
   const EmbeddingCall call(y, tokens, PYLORA_SERVED_NAMES);
   TORCH_CHECK_VALUE(y.is_contiguous(), kEmbedding, ": y: expected a contiguous tensor, got strides ", y.strides());
+#if defined(PYLORA_WITH_CUDA)
+  if (!y.is_cpu()) {
+    const auto batch = on_cuda::batch_of(call.shape, call.plan, call.adapters, call.columns);
+    return on_cuda::embedding(batch, call.columns, y);
+  }
+#endif
   const Tensor v = call.new_v(y);
   SegmentForward args;
   args.shape = call.shape;
@@ -68,6 +77,14 @@ inline void embedding(const Tensor& y, const Tensor& tokens, PYLORA_SERVED_ARGS,
 inline FactorGradients embedding_backward(const Tensor& dy, const Tensor& tokens, PYLORA_SERVED_ARGS,
                                           int64_t padding_idx) {
   const EmbeddingCall call(dy, tokens, PYLORA_SERVED_NAMES);
+#if defined(PYLORA_WITH_CUDA)
+  if (!dy.is_cpu()) {
+    const Tensor rows = binding::with_unit_columns(binding::flat_rows(dy));
+    const auto batch = on_cuda::batch_of(call.shape, call.plan, call.adapters, rows);
+    on_cuda::FactorGradients grads = on_cuda::embedding_backward(batch, call.columns, padding_idx, rows, a, b);
+    return {std::move(grads.da), std::move(grads.db)};
+  }
+#endif
   const Tensor v = call.new_v(dy), g = at::empty_like(v), dy_rows = binding::with_unit_columns(binding::flat_rows(dy));
   FactorSums sums(a, b, v.options());
   SegmentForward again;  // a look-up is cheaper than keeping what it gave

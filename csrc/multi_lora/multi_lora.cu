@@ -1,5 +1,6 @@
 // multi_lora's launchers on CUDA: they lay out a workspace, send what the host knows and queue the kernels over segments.
 #include "multi_lora/cuda_adapters.h"
+#include "multi_lora/lookup.cuh"
 
 namespace pylora::multi_lora {
 namespace {
@@ -75,6 +76,11 @@ int64_t outer_planes(const Batch& batch, int64_t items, int64_t rank, int64_t wi
   return cuda::outer_plane_bytes(tiles, cuda::outer_splits(items, tiles, rank), batch.shape.dtype);
 }
 
+/// v or g.
+int64_t low_rank_bytes(const Batch& batch) {
+  return batch.num_tokens * batch.shape.v_stride * dtype_bytes(accumulator_dtype(batch.shape.dtype));
+}
+
 Layout backward_layout(const Batch& batch) {
   const int64_t rank = max_rank(batch), items = plan_of(batch).most_items(cuda::kItemRows);
   const int64_t in = batch.shape.in_features, out = batch.shape.out_features;
@@ -82,8 +88,18 @@ Layout backward_layout(const Batch& batch) {
       larger(cuda::shrink_counters(items, cuda::shrink_rank_tiles(rank, 1)), outer_tiles(batch, rank, larger(in, out)));
   const int64_t planes = larger(shrink_planes(batch, items, rank, out),
                                 larger(outer_planes(batch, items, rank, in), outer_planes(batch, items, rank, out)));
-  return layout_of(batch, cuda::kItemRows, counters, planes,
-                   batch.num_tokens * batch.shape.v_stride * dtype_bytes(accumulator_dtype(batch.shape.dtype)));
+  return layout_of(batch, cuda::kItemRows, counters, planes, low_rank_bytes(batch));
+}
+
+/// v and g lie at the end.
+Layout embedding_layout(const Batch& batch) {
+  const int64_t rank = max_rank(batch), items = plan_of(batch).most_items(cuda::kItemRows);
+  const int64_t out = batch.shape.out_features;
+  const int64_t counters =
+      larger(cuda::shrink_counters(items, cuda::shrink_rank_tiles(rank, 1)), outer_tiles(batch, rank, out));
+  return layout_of(batch, cuda::kItemRows, counters,
+                   larger(shrink_planes(batch, items, rank, out), outer_planes(batch, items, rank, out)),
+                   2 * align_up(low_rank_bytes(batch)));
 }
 
 /// What every launch of a call is given.
@@ -215,6 +231,25 @@ Status outer(const Context& context, const Prepared& prepared, int64_t num_slots
   return cuda::outer(context, args);
 }
 
+template <auto kernel_f32, auto kernel_f64>
+Status look_up(const Context& context, const Prepared& prepared, const EmbeddingArgs& args, int64_t pieces, void* v) {
+  LookupWork work;
+  work.plan = prepared.plan;
+  work.slots = prepared.slots;
+  work.factor_dtype = prepared.factor_dtype;
+  work.a = prepared.a;
+  work.da = &prepared.entries->da;
+  work.columns = args.columns;
+  work.num_columns = args.batch.shape.in_features;
+  work.frozen_column = args.frozen_column;
+  work.v = v;
+  work.v_stride = prepared.v_stride;
+  constexpr int kResident = 8;
+  if (prepared.dtype == DType::f64)
+    return cuda::launch_blocks<kernel_f64, cuda::kThreads, 0>(context.stream, pieces, kResident, 0, work);
+  return cuda::launch_blocks<kernel_f32, cuda::kThreads, 0>(context.stream, pieces, kResident, 0, work);
+}
+
 }  // namespace
 
 int64_t forward_workspace_bytes(const Batch& batch) { return forward_layout(batch).bytes; }
@@ -252,6 +287,40 @@ Status backward_cuda(const Context& context, const BackwardArgs& args) {
   if (status.is_ok() && args.db)
     status = outer(context, prepared, batch.num_slots, args.v, args.dy, out, Dropout{}, true, &prepared.entries->db);
   return status;
+}
+
+int64_t embedding_workspace_bytes(const Batch& batch) { return embedding_layout(batch).bytes; }
+
+Status embedding_forward_cuda(const Context& context, const EmbeddingArgs& args) {
+  const Batch& batch = args.batch;
+  if (batch.num_tokens == 0 || max_rank(batch) == 0) return {};
+  const Layout layout = embedding_layout(batch);
+  void* const v = static_cast<char*>(args.workspace) + layout.g;
+  Prepared prepared;
+  Status status = prepare(context, batch, layout, cuda::kItemRows, args.workspace, nullptr, nullptr, &prepared);
+  if (status.is_ok())
+    status = look_up<lookup_kernel<float>, lookup_kernel<double>>(context, prepared, args, prepared.plan.max_items, v);
+  if (!status.is_ok()) return status;
+  return expand(context, prepared, v, prepared.b, batch.shape.out_features, Dropout{}, true, args.y);
+}
+
+Status embedding_backward_cuda(const Context& context, const EmbeddingArgs& args) {
+  const Batch& batch = args.batch;
+  if (max_rank(batch) == 0) return {};
+  const Layout layout = embedding_layout(batch);
+  const int64_t out = batch.shape.out_features;
+  char* const v = static_cast<char*>(args.workspace) + layout.g;
+  char* const g = v + align_up(low_rank_bytes(batch));
+  Prepared prepared;
+  Status status = prepare(context, batch, layout, cuda::kItemRows, args.workspace, args.da, args.db, &prepared);
+  const int64_t items = prepared.plan.max_items;
+  if (status.is_ok()) status = look_up<lookup_kernel<float>, lookup_kernel<double>>(context, prepared, args, items, v);
+  if (status.is_ok()) status = shrink(context, prepared, args.dy, out, prepared.b, Dropout{}, true, g);
+  if (status.is_ok())
+    status = look_up<scatter_kernel<float>, scatter_kernel<double>>(context, prepared, args,
+                                                                    items * cuda::kItemRows / kRowsAtOnce, g);
+  if (!status.is_ok()) return status;
+  return outer(context, prepared, batch.num_slots, v, args.dy, out, Dropout{}, true, &prepared.entries->db);
 }
 
 }  // namespace pylora::multi_lora

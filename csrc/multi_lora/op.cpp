@@ -128,6 +128,21 @@ Gradients linear_backward_cuda(const Tensor& dy, const Tensor& x, const Optional
   }
   return {dx, da, db};
 }
+
+void embedding_on_cuda(const Tensor& y, const Tensor& tokens, PYLORA_SERVED_ARGS, int64_t padding_idx) {
+  embedding(y, tokens, on_cuda::of_one_dtype(a), on_cuda::of_one_dtype(b), scalings, order, indptr, slots, padding_idx);
+}
+
+FactorGradients embedding_backward_on_cuda(const Tensor& dy, const Tensor& tokens, PYLORA_SERVED_ARGS,
+                                           int64_t padding_idx) {
+  auto [da, db] = embedding_backward(dy, tokens, on_cuda::of_one_dtype(a), on_cuda::of_one_dtype(b), scalings, order,
+                                     indptr, slots, padding_idx);
+  for (size_t i = 0; i < da.size(); ++i) {
+    da[i] = da[i].to(a[i].scalar_type());
+    db[i] = db[i].to(b[i].scalar_type());
+  }
+  return {da, db};
+}
 #endif
 
 // ---- derivatives ----
@@ -258,6 +273,8 @@ TORCH_LIBRARY_IMPL(pylora, CUDA, m) {
   m.impl("multi_lora_linear", &linear_cuda);
   m.impl("multi_lora_linear_forward", &linear_forward_cuda);
   m.impl("multi_lora_linear_backward", &linear_backward_cuda);
+  m.impl("multi_lora_embedding_", &embedding_on_cuda);
+  m.impl("multi_lora_embedding_backward", &embedding_backward_on_cuda);
 }
 #endif
 

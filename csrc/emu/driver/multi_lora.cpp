@@ -126,6 +126,15 @@ Status backward(const Context& context, const Held<BackwardArgs>& call) {
   return backward_cuda(context, args);
 }
 
+template <Status (*launch)(const Context&, const EmbeddingArgs&)>
+Status embedding(const Context& context, const Held<EmbeddingArgs>& call) {
+  EmbeddingArgs args = with_arrays(call);
+  args.da = call.da.data();
+  args.db = call.db.data();
+  return launch(context, args);
+}
+
+int64_t embedding_bytes(const Held<EmbeddingArgs>& call) { return embedding_workspace_bytes(with_arrays(call).batch); }
 int64_t forward_bytes(const Held<ForwardArgs>& call) { return forward_workspace_bytes(with_arrays(call).batch); }
 int64_t backward_bytes(const Held<ForwardArgs>& call) { return backward_workspace_bytes(with_arrays(call).batch); }
 
@@ -148,6 +157,18 @@ void define(py::module_& module) {
       .set("db", gradients<BackwardArgs>(&Held<BackwardArgs>::db))
       .set("workspace", of_args<BackwardArgs>(&BackwardArgs::workspace));
   def_launcher(module, "backward", backward_fields, &backward);
+
+  Fields<Held<EmbeddingArgs>> embedding_fields = batch_fields<EmbeddingArgs>();
+  def_function(module, "embedding_workspace_bytes", embedding_fields, &embedding_bytes);
+  embedding_fields.set("columns", of_args<EmbeddingArgs>(&EmbeddingArgs::columns))
+      .set("frozen_column", of_args<EmbeddingArgs>(&EmbeddingArgs::frozen_column))
+      .set("y", of_args<EmbeddingArgs>(&EmbeddingArgs::y))
+      .set("dy", of_args<EmbeddingArgs>(&EmbeddingArgs::dy))
+      .set("da", gradients<EmbeddingArgs>(&Held<EmbeddingArgs>::da))
+      .set("db", gradients<EmbeddingArgs>(&Held<EmbeddingArgs>::db))
+      .set("workspace", of_args<EmbeddingArgs>(&EmbeddingArgs::workspace));
+  def_launcher(module, "embedding_forward", embedding_fields, &embedding<embedding_forward_cuda>);
+  def_launcher(module, "embedding_backward", embedding_fields, &embedding<embedding_backward_cuda>);
 }
 
 const Registration registration("multi_lora", &define);
