@@ -9,6 +9,7 @@
 
 #include "bgmv/call.h"
 #include "binding/dense_layer.h"
+#include "binding/kernel_device.h"
 #include "binding/status.h"
 #include "cpu/isa.h"
 #include "dora/call.h"
@@ -65,6 +66,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "set_cpu_isa", [](const std::string& name) { binding::throw_unless_ok(set_isa(name.c_str())); }, arg("name"),
       "Switches all later CPU kernel launches of the process; tests and benchmarks use it.");
+
+  m.def("has_code_for_gpu", &binding::has_code_for_gpu, arg("index"),
+        "Whether the kernels run on the GPU of this index.");
 
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("lora_linear", &lora::call_linear, arg("x"), arg("weight"), arg("bias"), arg("a"), arg("b"), arg("scaling"),

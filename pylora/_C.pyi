@@ -18,6 +18,9 @@ def cpu_isas_supported() -> list[str]:
 def set_cpu_isa(name: str) -> None:
     """Switch all later CPU kernel launches of the process. Raises, changing nothing, where the set cannot be used."""
 
+def has_code_for_gpu(index: int) -> bool:
+    """Whether this build has kernels that run on the GPU of this index."""
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "binding/dtype.h"
+#include "binding/kernel_device.h"
 
 namespace pylora::binding {
 
@@ -207,7 +208,7 @@ class Reader {
     PyObject* bias = item(parameters, k_.bias);
     if (bias && bias != Py_None) {
       const Tensor* tensor = plain_tensor(bias);
-      if (!tensor) return false;
+      if (!tensor || !is_beside_x(*tensor)) return false;
       out->bias = *tensor;
     }
     dtype_ = weight->scalar_type();
@@ -239,13 +240,15 @@ class Reader {
 
   /// Whether the op can take x beside this weight; autocast brings the two to one dtype, but leaves f64 alone.
   bool fits(const Tensor& weight) const {
-    if (!x_.is_cpu() || x_.is_nested() || x_.dim() == 0) return false;
+    if (!kernels_serve(x_.device()) || !is_beside_x(weight) || x_.is_nested() || x_.dim() == 0) return false;
     PyObject* in_features = item(own_, k_.in_features);
     if (!in_features || !PyLong_CheckExact(in_features) || PyLong_AsLongLong(in_features) != x_.size(-1)) return false;
     const at::ScalarType x_dtype = x_.scalar_type(), dtype = weight.scalar_type();
     return x_dtype == dtype ||
-           (at::autocast::is_autocast_enabled(at::kCPU) && x_dtype != at::kDouble && dtype != at::kDouble);
+           (at::autocast::is_autocast_enabled(x_.device().type()) && x_dtype != at::kDouble && dtype != at::kDouble);
   }
+
+  bool is_beside_x(const Tensor& t) const { return t.device() == x_.device(); }
 
   /// The weight of an unhooked nn.Linear without a bias; else null.
   const Tensor* factor(PyObject* module) const {
@@ -261,7 +264,7 @@ class Reader {
     PyObject* a_module = item(a_modules_, name);
     if (!a_module) return true;
     const Tensor *a = factor(a_module), *b = factor(item(b_modules_, name));
-    if (!a || !b || a->scalar_type() != b->scalar_type()) return false;
+    if (!a || !b || a->scalar_type() != b->scalar_type() || !is_beside_x(*a) || !is_beside_x(*b)) return false;
     if (a->scalar_type() != dtype_ && (a->scalar_type() != at::kFloat || !casts_input())) return false;
     double scaling, p;
     if (!read_scaling(item(scalings_, name), &scaling) || !read_dropout(item(dropouts_, name), &p)) return false;

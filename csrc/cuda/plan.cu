@@ -152,6 +152,17 @@ Status send(const Context& context, const Parcel& parcel) {
   return launch_blocks<send_kernel, kPlanThreads, 0>(context.stream, blocks > 1 ? blocks : 1, 4, 0, parcel);
 }
 
+bool runs_here() {
+#if defined(PYLORA_EMULATE)
+  return true;
+#else
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, plan_kernel) == cudaSuccess) return true;
+  static_cast<void>(cudaGetLastError());  // this question's answer is not the next launch's error
+  return false;
+#endif
+}
+
 Status plan_segments(const Context& context, const PlanArgs& args) { return launch_block<plan_kernel>(context, args); }
 Status group_rows(const Context& context, const PlanArgs& args) { return launch_block<group_kernel>(context, args); }
 

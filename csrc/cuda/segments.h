@@ -25,6 +25,9 @@
 
 namespace pylora::cuda {
 
+/// Whether the build has machine code, or PTX to make some of, for the current device.
+bool runs_here();
+
 /// Most rows of an item: the height of a block's tile.
 constexpr int kItemRows = 64;
 /// Most products of one x in one launch (q, k, v; gate, up).

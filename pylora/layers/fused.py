@@ -14,7 +14,7 @@ from torch import nn
 
 from pylora.layers.base_weight import conv1d_class
 from pylora.layers.served import OP_DTYPES, are_plain, calls_are_observed, is_hooked
-from pylora.ops import AdapterPools, BatchPlan, lora_add, lora_linear, multi_lora_linear
+from pylora.ops import AdapterPools, BatchPlan, kernels_serve, lora_add, lora_linear, multi_lora_linear
 
 
 class Operands(NamedTuple):
@@ -100,11 +100,13 @@ def read(layer: Any, x: torch.Tensor, names: tuple[str, ...] | list[str]) -> Ope
     bias: Any = base._parameters.get("bias")
     if not are_plain(x, weight) or not (bias is None or are_plain(bias)) or not _fits(layer, x, weight):
         return None
+    if bias is not None and bias.device != x.device:
+        return None
     found, all_a, all_b, scalings, dropout_ps = [], [], [], [], []
     for name in names:
         if name not in modules["lora_A"]._modules:
             continue
-        factors = _read_factors(layer, name, weight.dtype)
+        factors = _read_factors(layer, name, weight)
         p = _read_dropout(modules["lora_dropout"]._modules.get(name))
         if factors is None or p is None:
             return None
@@ -124,16 +126,22 @@ def _fits(layer: Any, x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the ops take x beside this weight. Inputs that do not fit go to the modules: torch's error is the one
     that callers know.
     """
-    if not x.is_cpu or x.is_nested or x.shape[-1:] != (layer.in_features,) or weight.dtype not in OP_DTYPES:
+    if (
+        not kernels_serve(x.device)
+        or weight.device != x.device
+        or x.is_nested
+        or x.shape[-1:] != (layer.in_features,)
+        or weight.dtype not in OP_DTYPES
+    ):
         return False
     if x.dtype is weight.dtype:
         return True
     # Autocast brings the two to one dtype, but leaves f64 alone.
-    return torch.is_autocast_enabled("cpu") and torch.float64 not in (x.dtype, weight.dtype)
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
 
 
-def _read_factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """A, B and the scaling as a number, beside a base weight of `dtype`."""
+def _read_factors(layer: Any, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """A, B and the scaling as a number, beside this base weight."""
     factors: list[Any] = []
     for container in ("lora_A", "lora_B"):
         module = layer._modules[container]._modules.get(name)
@@ -143,7 +151,9 @@ def _read_factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tens
     a, b = factors
     if not are_plain(a, b) or a.dtype is not b.dtype:
         return None
-    if a.dtype is not dtype and not (a.dtype is torch.float32 and layer.cast_input_dtype_enabled):
+    if a.device != weight.device or b.device != weight.device:
+        return None
+    if a.dtype is not weight.dtype and not (a.dtype is torch.float32 and layer.cast_input_dtype_enabled):
         return None
     scaling = layer.scaling[name]
     if type(scaling) is float or type(scaling) is int:

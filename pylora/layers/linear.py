@@ -79,7 +79,7 @@ class Linear(DeltaLayer):
         served = tuple(name for name in names.rows_of if name in here and name not in variants)
         if not served:
             return None
-        plan = names.plan(served)
+        plan = names.plan(served, None if x.is_cpu else x.device)
         if is_dynamo_compiling():
             result = fused.mixed_forward(self, x, served, plan)
         else:

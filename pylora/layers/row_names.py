@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class RowNames(list[str]):
             indptr.append(indptr[-1] + len(rows))
         self._order = torch.tensor(order, dtype=torch.int32)
         self._indptr = torch.tensor(indptr, dtype=torch.int32)
-        self._plans: dict[tuple[str, ...], BatchPlan] = {}
+        self._plans: dict[Any, BatchPlan] = {}
 
     @classmethod
     def of(cls, names: Iterable[str]) -> RowNames:
@@ -40,15 +41,17 @@ class RowNames(list[str]):
             return names
         return cls(names) if torch.compiler.is_compiling() else _sorted(tuple(names))
 
-    def plan(self, served: tuple[str, ...]) -> BatchPlan:
+    def plan(self, served: tuple[str, ...], device: torch.device | None = None) -> BatchPlan:
         """The plan for adapters `served`, which have slots in this order; other rows have none. Kept: most layers of a
-        model serve the same.
+        model serve the same. With a device it is in that one's memory, where ops on a GPU read it without the host.
         """
-        plan = self._plans.get(served)
+        key = served if device is None else (served, device)
+        plan = self._plans.get(key)
         if plan is None:
             slot_of = {name: slot for slot, name in enumerate(served)}
             slots = torch.tensor([slot_of.get(name, -1) for name in self.rows_of], dtype=torch.int32)
-            plan = self._plans[served] = BatchPlan(self._order, self._indptr, slots)
+            plan = BatchPlan(self._order, self._indptr, slots)
+            self._plans[key] = plan = plan if device is None else plan.to(device)
         return plan
 
 

@@ -2,6 +2,7 @@
 
 from pylora.ops.bgmv import bgmv_, bgmv_expand_, bgmv_shrink
 from pylora.ops.dense_layer import dense_forward, dense_mixed_forward, register_dora
+from pylora.ops.devices import kernels_serve
 from pylora.ops.dora import KeptNorms, dora_linear, dora_linear_norms, dora_row_norms, dora_row_squares
 from pylora.ops.lanczos import bidiagonalise_, gram_product, ritz_residuals
 from pylora.ops.lora import draw_rng, lora_add, lora_dropout, lora_linear
@@ -29,6 +30,7 @@ __all__ = [
     "draw_rng",
     "gram_product",
     "keep_largest",
+    "kernels_serve",
     "lora_add",
     "lora_dropout",
     "lora_linear",

@@ -367,6 +367,31 @@ def test_inputs_that_do_not_fit_are_left_to_the_modules(make_layer, x: torch.Ten
     assert fused.forward(layer, x) is None
 
 
+def base_elsewhere(layer: Linear) -> None:
+    layer.base_layer.to("meta")
+
+
+def bias_elsewhere(layer: Linear) -> None:
+    layer.base_layer.bias = nn.Parameter(torch.empty(40, device="meta"))
+
+
+def a_elsewhere(layer: Linear) -> None:
+    layer.lora_A.to("meta")
+
+
+def b_elsewhere(layer: Linear) -> None:
+    layer.lora_B.to("meta")
+
+
+@pytest.mark.parametrize("change", [base_elsewhere, bias_elsewhere, a_elsewhere, b_elsewhere])
+def test_tensors_of_several_devices_are_left_to_the_modules(make_layer, change: Callable[[Linear], None]) -> None:
+    layer = make_layer()
+    change(layer)
+    x = torch.randn(3, 24)
+    assert dense_forward(layer, x) is None
+    assert fused.forward(layer, x) is None
+
+
 @contextmanager
 def global_hook() -> Iterator[None]:
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
