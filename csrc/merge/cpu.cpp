@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/kernel_table.h"
+#include "merge/elements.h"
 #include "merge/heuristics.h"
 #include "merge/kernels.h"
 
@@ -10,13 +11,14 @@ PYLORA_KERNEL_TABLE(merge::Kernels, merge_kernels)
 PYLORA_KERNEL_TABLE(merge::Codec, merge_codec)
 
 namespace pylora::merge {
-namespace {
 
 Status check_weight(const Weight& w) {
   if (w.count < 0 || w.rows < 0 || w.columns < 0) return invalid_argument("merge: negative size");
   if (w.rows > 1 && w.row_stride < w.columns) return invalid_argument("merge: w: overlapping rows");
   return {};
 }
+
+namespace {
 
 /// The set in use, or, where that computes otherwise than the log was made, the best that does not.
 Status find_isa(const Log* read, Isa* isa) {
@@ -55,61 +57,6 @@ PackedChange lay_out(const Weight& w, const Change& change, char* base) {
   return packed;
 }
 
-/// Elements of one matrix in storage order, as bytes.
-class Elements {
- public:
-  Elements(const Weight& w, int64_t matrix)
-      : base_(static_cast<char*>(w.data) + matrix * w.matrix_stride * dtype_bytes(w.dtype)),
-        size_(dtype_bytes(w.dtype)),
-        columns_(w.columns),
-        row_stride_(w.rows == 1 ? w.columns : w.row_stride) {}
-
-  char* base() const { return base_; }
-
-  /// Where elements from `first` on lie as one run; null if rows are apart in memory.
-  char* run(int64_t first) const { return row_stride_ == columns_ ? base_ + first * size_ : nullptr; }
-
-  void read(int64_t first, int64_t count, void* to) const {
-    for_rows(first, count, [to](int64_t done, char* place, size_t bytes) {
-      std::memcpy(static_cast<char*>(to) + done, place, bytes);
-    });
-  }
-
-  void write(int64_t first, int64_t count, const void* from) const {
-    for_rows(first, count, [from](int64_t done, char* place, size_t bytes) {
-      std::memcpy(place, static_cast<const char*>(from) + done, bytes);
-    });
-  }
-
- private:
-  template <class Body>
-  void for_rows(int64_t first, int64_t count, const Body& body) const {
-    if (char* all = run(first)) return body(0, all, static_cast<size_t>(count * size_));
-    for (int64_t done = 0; done < count;) {
-      const int64_t row = (first + done) / columns_, column = (first + done) % columns_;
-      const int64_t part = count - done < columns_ - column ? count - done : columns_ - column;
-      body(done * size_, base_ + (row * row_stride_ + column) * size_, static_cast<size_t>(part * size_));
-      done += part;
-    }
-  }
-
-  char* base_;
-  int64_t size_, columns_, row_stride_;
-};
-
-/// Calls work(elements as one run) for a chunk, by way of `buffer` if need be; writes back what it did if `changes`.
-template <class Work>
-void with_run(const Elements& elements, int64_t first, int64_t count, void* buffer, bool changes, const Work& work) {
-  if (char* run = elements.run(first)) return work(run);
-  elements.read(first, count, buffer);
-  work(buffer);
-  if (changes) elements.write(first, count, buffer);
-}
-
-struct alignas(64) ChunkBuffer {
-  char bytes[kChunk * sizeof(double)];
-};
-
 /// One call: what the panels share.
 class Changing {
  public:
@@ -144,6 +91,19 @@ class Changing {
     for_panels(context, [&](Panel* p) {
       if (done_[p->index]) put_back(p);
     });
+  }
+
+  int64_t count_log_bytes(const Context& context) {
+    std::atomic<int64_t> bytes{0};
+    for_panels(context, [&](Panel* p) {
+      read_panel(*p, p->before);
+      if (args_.take_out.num_adapters) take_out(p);
+      put_in(p, true);
+      ChunkHeader headers[kMaxPanelChunks];
+      bytes += encode(*p, headers);
+      restore(*p);
+    });
+    return bytes;
   }
 
   bool is_finite(const Context& context) {
@@ -248,8 +208,8 @@ class Changing {
       return;
     }
     if (args_.take_out.num_adapters) take_out(p);
-    if (args_.put_in.num_adapters) put_in(p);
-    if (write && !write_log(*p)) p->elements.write(p->args.first, p->args.last - p->args.first, p->before);
+    if (args_.put_in.num_adapters) put_in(p, write);
+    if (write && !write_log(*p)) restore(*p);
     if (args_.unchanged) done_[p->index] = 1;
   }
 
@@ -279,13 +239,13 @@ class Changing {
     }
   }
 
-  void put_in(Panel* p) const {
+  void put_in(Panel* p, bool with_codes) const {
     if (args_.take_out.num_adapters) {
       read_panel(*p, p->between);
       p->args.from = p->between;
     }
     p->args.change = &p->in;
-    p->args.codes = args_.write ? p->codes : nullptr;
+    p->args.codes = with_codes ? p->codes : nullptr;
     kernels_.put_in[type()](p->args);
   }
 
@@ -296,10 +256,11 @@ class Changing {
     kernels_.put_in[type()](p->args);
   }
 
-  /// false: there is no room for the panel's payloads.
-  bool write_log(const Panel& p) {
+  void restore(const Panel& p) const { p.elements.write(p.args.first, p.args.last - p.args.first, p.before); }
+
+  /// Makes the panel's payloads, one after another, and their headers with offsets from there; returns their bytes.
+  int64_t encode(const Panel& p, ChunkHeader* headers) const {
     const int64_t size = dtype_bytes(w_.dtype);
-    ChunkHeader headers[kMaxPanelChunks];
     ChunkBuffer buffer;
     int64_t bytes = 0;
     for (int64_t i = 0; i < p.num_chunks; ++i) {
@@ -313,6 +274,13 @@ class Changing {
       headers[i].bytes = static_cast<uint16_t>(used);
       bytes += used;
     }
+    return bytes;
+  }
+
+  /// false: there is no room for the panel's payloads.
+  bool write_log(const Panel& p) {
+    ChunkHeader headers[kMaxPanelChunks];
+    const int64_t bytes = encode(p, headers);
     Log& log = *args_.write;
     const int64_t offset = used_.fetch_add(bytes);
     if (offset + bytes > log.capacity) return false;
@@ -370,6 +338,21 @@ Status change_cpu(const Context& context, const ChangeArgs& args) {
   return {};
 }
 
+Status count_log_bytes_cpu(const Context& context, const ChangeArgs& args, int64_t* bytes) {
+  if (const Status status = check_args(args); !status.is_ok()) return status;
+  if (args.read || args.write || !args.put_in.num_adapters) {
+    return invalid_argument("merge: log bytes: expected something to put in, and no logs");
+  }
+  Isa isa;
+  if (const Status status = current_isa(&isa); !status.is_ok()) return status;
+  *bytes = 0;
+  if (matrix_elements(args.weight) == 0 || args.weight.count == 0) return {};
+  Changing call(args, isa);
+  call.pack(context);
+  *bytes = call.count_log_bytes(context);
+  return {};
+}
+
 Status is_finite_cpu(const Context& context, const ChangeArgs& args, bool* finite) {
   if (const Status status = check_args(args); !status.is_ok()) return status;
   Isa isa;
@@ -380,60 +363,6 @@ Status is_finite_cpu(const Context& context, const ChangeArgs& args, bool* finit
   call.pack(context);
   *finite = call.is_finite(context);
   return {};
-}
-
-Status check_unchanged_cpu(const Context& context, const Weight& weight, const Log& log, bool* unchanged) {
-  if (const Status status = check_weight(weight); !status.is_ok()) return status;
-  Isa isa;
-  if (const Status status = current_isa(&isa); !status.is_ok()) return status;
-  const Codec& codec = merge_codec_table(isa);
-  std::atomic<bool> same{true};
-  parallel_for(context, num_chunks(weight), kGrainWork / kChunk, [&](int64_t begin, int64_t end) {
-    ChunkBuffer buffer;
-    for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
-      const int64_t matrix = i / matrix_chunks(weight), first = i % matrix_chunks(weight) * kChunk;
-      const int64_t left = matrix_elements(weight) - first, count = left < kChunk ? left : kChunk;
-      with_run(Elements(weight, matrix), first, count, buffer.bytes, false, [&](void* run) {
-        if (codec.checksum(run, count * dtype_bytes(weight.dtype)) != log.chunks[i].checksum) same = false;
-      });
-    }
-  });
-  *unchanged = same;
-  return {};
-}
-
-bool is_readable(const Weight& weight, const Log& log) {
-  const int64_t size = dtype_bytes(weight.dtype);
-  for (int64_t i = 0; i < num_chunks(weight); ++i) {
-    const int64_t left = matrix_elements(weight) - i % matrix_chunks(weight) * kChunk;
-    const int64_t count = left < kChunk ? left : kChunk;
-    const ChunkHeader& h = log.chunks[i];
-    int64_t least = 0;
-    if (h.is(ChunkKind::sparse))
-      least = 2 * int64_t{h.entries};
-    else if (h.is(ChunkKind::bitmap))
-      least = (count + 7) / 8 + h.entries;
-    else if (h.is(ChunkKind::dense))
-      least = count * size;
-    else if (!h.is(ChunkKind::empty))
-      return false;
-    if (h.bytes < least || h.offset + h.bytes > static_cast<uint64_t>(log.capacity)) return false;
-  }
-  return true;
-}
-
-void copy_log(const Weight& weight, const Log& from, Log* to) {
-  to->used = 0;
-  to->fused = from.fused;
-  for (int64_t i = 0; i < num_chunks(weight); ++i) {
-    ChunkHeader header = from.chunks[i];
-    if (!header.is(ChunkKind::pending)) {
-      std::memcpy(to->data + to->used, from.data + header.offset, header.bytes);
-      header.offset = static_cast<uint64_t>(to->used);
-      to->used += header.bytes;
-    }
-    to->chunks[i] = header;
-  }
 }
 
 }  // namespace pylora::merge

@@ -7,8 +7,8 @@
 // adapters' output features (Conv1D, embeddings). A stack is `count` such matrices.
 //
 // Undo log. round((W' - D) / F) is what taking out computes, and it is known while putting in. Where it is not W bit
-// for bit, the log holds the difference of the two bit patterns (README.md has the format), so that taking out with the log gives W back whatever the values: zeros of either sign, NaN,
-// infinities, overflow.
+// for bit, the log holds the difference of the two bit patterns (README.md has the format), so that taking out with the
+// log gives W back whatever the values: zeros of either sign, NaN, infinities, overflow.
 //
 // Numerics. D is summed in f32 (f64 for f64) over the ranks in order, adapter by adapter, each step one fused
 // multiply-add, then W F + D is one more and rounded once to W's type. Sets without a fused instruction (scalar on x86)
@@ -95,6 +95,13 @@ struct ChangeArgs {
 
 /// Changes W. unsupported: no instruction set of this machine has the arithmetic of `read`.
 Status change_cpu(const Context& context, const ChangeArgs& args);
+
+/// How many bytes of payloads change_cpu would write into a log. Without logs; W is as it was when the call returns, and
+/// must not be read meanwhile.
+Status count_log_bytes_cpu(const Context& context, const ChangeArgs& args, int64_t* bytes);
+
+/// Whether W has sizes and strides that launchers can go through.
+Status check_weight(const Weight& weight);
 
 /// Whether W is what it was when `log` was written, by its checksums.
 Status check_unchanged_cpu(const Context& context, const Weight& weight, const Log& log, bool* unchanged);

@@ -74,7 +74,7 @@ class Call {
                       ": expected a contiguous vector on the CPU, got shape ", log->sizes(), " on ", log->device());
     LogHeader header;
     const Weight& w = args_.weight;
-    const int64_t fixed = sizeof(LogHeader) + num_chunks(w) * static_cast<int64_t>(sizeof(ChunkHeader));
+    const int64_t fixed = fixed_bytes();
     TORCH_CHECK_VALUE(log->numel() >= static_cast<int64_t>(sizeof header), op_, ": ", name,
                       ": expected the log of a merge, got ", log->numel(), " bytes");
     // A view may begin anywhere; headers are read where they lie.
@@ -124,13 +124,29 @@ class Call {
   /// Changes W and returns the log; if memory runs out, W is as it was.
   Tensor run_with_log() {
     prepare();
+    // What is taken out without a log does not come back by putting it in again: all memory has to be there before.
+    return args_.take_out.num_adapters && !args_.read ? run_in_counted_room() : run_in_growing_room();
+  }
+
+ private:
+  Tensor run_in_counted_room() {
+    int64_t bytes = 0;
+    binding::throw_unless_ok(count_log_bytes_cpu(context_, args_, &bytes));
+    Log log = new_log();
+    const Tensor data = new_bytes(bytes + 1), result = new_log_tensor(bytes);  // a full log is not worked on
+    point_to(data, &log);
+    args_.write = &log;
+    binding::throw_unless_ok(change_cpu(context_, args_));
+    TORCH_INTERNAL_ASSERT(num_pending(log) == 0 && log.used == bytes);
+    bump_version();
+    fill(result, log);
+    return result;
+  }
+
+  Tensor run_in_growing_room() {
     const Weight& w = args_.weight;
-    Tensor headers = new_bytes((num_chunks(w) + 1) * static_cast<int64_t>(sizeof(ChunkHeader)));
+    Log log = new_log();
     Tensor data = new_bytes(first_log_capacity(w));
-    Log log;
-    log.chunks = static_cast<ChunkHeader*>(headers.mutable_data_ptr());
-    for (int64_t i = 0; i < num_chunks(w); ++i)
-      log.chunks[i].set(ChunkKind::pending);
     point_to(data, &log);
     args_.write = &log;
     binding::throw_unless_ok(change_cpu(context_, args_));
@@ -141,14 +157,15 @@ class Call {
         point_to(data, &log);
         binding::throw_unless_ok(change_cpu(context_, args_));
       }
-      return as_tensor(log);
+      const Tensor result = new_log_tensor(payload_bytes(log));
+      fill(result, log);
+      return result;
     } catch (...) {
       go_back(log);
       throw;
     }
   }
 
- private:
   void throw_unless(bool unchanged) const {
     TORCH_CHECK_VALUE(unchanged, op_,
                       ": w: expected the values that the merge left, got others: the weight was "
@@ -241,18 +258,38 @@ class Call {
     return larger;
   }
 
-  Tensor as_tensor(const Log& log) const {
-    const Weight& w = args_.weight;
-    const int64_t fixed = sizeof(LogHeader) + num_chunks(w) * static_cast<int64_t>(sizeof(ChunkHeader));
+  /// A log without payloads; its chunks are in `headers_`.
+  Log new_log() {
+    const int64_t chunks = num_chunks(args_.weight);
+    headers_ = new_bytes((chunks + 1) * static_cast<int64_t>(sizeof(ChunkHeader)));
+    Log log;
+    log.chunks = static_cast<ChunkHeader*>(headers_.mutable_data_ptr());
+    for (int64_t i = 0; i < chunks; ++i)
+      log.chunks[i].set(ChunkKind::pending);
+    return log;
+  }
+
+  int64_t fixed_bytes() const {
+    return sizeof(LogHeader) + num_chunks(args_.weight) * static_cast<int64_t>(sizeof(ChunkHeader));
+  }
+
+  int64_t payload_bytes(const Log& log) const {
     int64_t bytes = 0;
-    for (int64_t i = 0; i < num_chunks(w); ++i)
+    for (int64_t i = 0; i < num_chunks(args_.weight); ++i)
       bytes += log.chunks[i].bytes;
-    const Tensor result = new_bytes(fixed + bytes);
+    return bytes;
+  }
+
+  Tensor new_log_tensor(int64_t payload) const { return new_bytes(fixed_bytes() + payload); }
+
+  /// The finished log, in the order of its chunks.
+  void fill(const Tensor& result, const Log& log) const {
+    const Weight& w = args_.weight;
     LogHeader header;
     header.count = w.count;
     header.rows = w.rows;
     header.columns = w.columns;
-    header.data_bytes = bytes;
+    header.data_bytes = result.numel() - fixed_bytes();
     header.dtype = static_cast<uint8_t>(w.dtype);
     header.fused = log.fused;
     header.transposed = w.transposed;
@@ -260,9 +297,8 @@ class Call {
     std::memcpy(to, &header, sizeof header);
     Log copy;
     copy.chunks = reinterpret_cast<ChunkHeader*>(to + sizeof header);
-    copy.data = to + fixed;
+    copy.data = to + fixed_bytes();
     copy_log(w, log, &copy);
-    return result;
   }
 
   /// Undoes the chunks that are done. Memory is what has run out: everything here is there already.
@@ -285,7 +321,7 @@ class Call {
   const Context context_ = binding::cpu_context();
   std::vector<Adapter> out_, in_;
   std::vector<Tensor> scales_;
-  Tensor workspace_, read_storage_;
+  Tensor workspace_, headers_, read_storage_;
   Log read_;
   ChangeArgs args_;
 };
