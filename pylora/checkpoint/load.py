@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from pylora.checkpoint.files import StrPath, find_weights
 from pylora.checkpoint.fused_experts import fuse_expert_tensors, fused_experts
 from pylora.checkpoint.keys import MODEL_PREFIX, rename_keys, to_checkpoint_key
-from pylora.checkpoint.structure import Place, Site, adapter_roots, adapter_sites, join, place_of, tensor_paths
+from pylora.checkpoint.structure import (
+    Place,
+    Site,
+    adapter_roots,
+    adapter_sites,
+    has_only_parameters,
+    join,
+    place_of,
+    tensor_paths,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -226,8 +235,8 @@ def plan_load(
     if experts is not None:
         checkpoint = fuse_expert_tensors(experts, checkpoint)
     sites = list(adapter_sites(model))
-    own_keys = _adapter_keys(sites, adapter_name)
-    places = _places(sites, own_keys, adapter_name, checkpoint)
+    own = _own_places(sites, adapter_name)
+    places = _places(sites, own, adapter_name, checkpoint)
     wrapped = model._modules.get("base_model")
     has_prefix = wrapped is not None and "model" in wrapped._modules
 
@@ -235,7 +244,7 @@ def plan_load(
     problems = []
     for key, tensor in checkpoint.items():
         model_key = places.get(key) or (key if has_prefix else key.removeprefix(MODEL_PREFIX))
-        place = place_of(model, model_key)
+        place = own.get(model_key) or place_of(model, model_key)
         if place is None:
             plan.unexpected.append(key)
             continue
@@ -252,7 +261,7 @@ def plan_load(
     if problems:
         listed = "\n\t".join(problems)
         raise RuntimeError(f"Error(s) in loading state_dict for {type(model).__name__}:\n\t{listed}")
-    plan.missing = [key for key in own_keys if key not in plan.tensors]
+    plan.missing = [key for key in own if key not in plan.tensors]
     return plan
 
 
@@ -264,18 +273,24 @@ def size_mismatch(key: str, found: torch.Size, own: torch.Size) -> str:
     )
 
 
-def _adapter_keys(sites: list[Site], adapter_name: str) -> list[str]:
-    return [
-        key
-        for site in sites
-        if not site.is_auxiliary
-        for root, held in adapter_roots(site, adapter_name).items()
-        for key in tensor_paths(root, held)
-    ]
+def _own_places(sites: list[Site], adapter_name: str) -> dict[str, Place | None]:
+    """The adapter's model keys, with their places where those take no search."""
+    own: dict[str, Place | None] = {}
+    for site in sites:
+        if site.is_auxiliary:
+            continue
+        for root, held in adapter_roots(site, adapter_name).items():
+            if has_only_parameters(held):
+                for leaf, tensor in held._parameters.items():
+                    if tensor is not None:
+                        own[f"{root}.{leaf}"] = Place(held, leaf, tensor)
+            else:
+                own.update(dict.fromkeys(tensor_paths(root, held)))
+    return own
 
 
 def _places(
-    sites: list[Site], own_keys: list[str], adapter_name: str, checkpoint: Mapping[str, Tensor]
+    sites: list[Site], own_keys: Iterable[str], adapter_name: str, checkpoint: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """Checkpoint keys and the model keys they stand for, with and without the prefix of a `PeftModel`.
 

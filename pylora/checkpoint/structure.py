@@ -193,11 +193,16 @@ def _is_keyed_by_adapter(child: Any) -> bool:
 
 def tensor_paths(root: str, held: Any) -> list[str]:
     """State dict keys of what lies at `root`: one for a tensor, several or none for a module."""
-    from torch import nn
-
-    if type(held) is nn.Linear and not (held._modules or held._buffers or _changes_state_dict(held)):
+    if has_only_parameters(held):
         return [join(root, key) for key, tensor in held._parameters.items() if tensor is not None]
     return [join(root, key) for key in held.state_dict()] if hasattr(held, "state_dict") else [root]
+
+
+def has_only_parameters(held: Any) -> bool:
+    """Whether it is a linear layer whose state dict is what its own parameters are."""
+    from torch import nn
+
+    return type(held) is nn.Linear and not (held._modules or held._buffers or _changes_state_dict(held))
 
 
 def _saves_plainly(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from pylora.init.registry import (
     changes_base_weight,
     find_init,
     init_adapter,
+    is_left_out,
     only_draws,
     register_init,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "draws_left_out",
     "find_init",
     "init_adapter",
+    "is_left_out",
     "only_draws",
     "register_init",
     "top_singular_triplets",

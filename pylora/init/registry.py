@@ -135,6 +135,15 @@ def only_draws(scheme: Any) -> bool:
     return _find(scheme).only_draws
 
 
+def is_left_out(scheme: Any) -> bool:
+    """Whether a value of `init_lora_weights` draws numbers alone while `draws_left_out` is in force.
+
+    Raises:
+        ValueError: there is no such scheme.
+    """
+    return are_draws_left_out() and only_draws(scheme)
+
+
 def changes_base_weight(scheme: Any) -> bool:
     """Whether the scheme takes something out of the base weight, so that it must not run twice for one adapter.
 

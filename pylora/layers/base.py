@@ -6,7 +6,6 @@ Names and meaning of attributes and methods follow PEFT 0.21 (tuners/lora/layer.
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from pylora.config import require_supported, scaling_for
 from pylora.errors import PeftWarning
-from pylora.init import BaseAccess, draws_left_out, init_adapter
+from pylora.init import BaseAccess, draws_left_out, init_adapter, is_left_out
 from pylora.layers.base_weight import is_conv1d
 from pylora.layers.blank import blank, empty_linear
 from pylora.layers.tuner_layer import BaseTunerLayer, entry_of, params_of, set_layer_requires_grad
@@ -175,10 +174,15 @@ class LoraLayer(BaseTunerLayer):
                 stacklevel=2,
             )
         lora_a, lora_b = self._new_factors(r, config)
-        with nullcontext() if variant is None else draws_left_out(False):  # a variant starts from the factors
+        if variant is not None:  # it starts from the factors
+            with draws_left_out(False):
+                self._initialise(lora_a, lora_b, config.init_lora_weights, scaling, config)
+        elif not is_left_out(config.init_lora_weights):
             self._initialise(lora_a, lora_b, config.init_lora_weights, scaling, config)
         dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else blank(nn.Identity)
 
+        if adapter_name in self.r:
+            self._drop_variant(adapter_name)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = scaling
@@ -187,7 +191,6 @@ class LoraLayer(BaseTunerLayer):
         self.lora_bias[adapter_name] = config.lora_bias
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = config.use_dora
-        self._drop_variant(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if variant is not None:
             self.lora_variant[adapter_name] = variant

@@ -7,7 +7,7 @@ journal that can be played back.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -18,6 +18,7 @@ from torch import nn
 from pylora.config import pattern_value, require_supported
 from pylora.init import at_end, base_updates_at_end, find_init
 from pylora.layers import BaseTunerLayer, LoraLayer, ParamWrapper, create_layer, find_factory, tuner_layers, walk
+from pylora.layers.tuner_layer import entry_of
 from pylora.layers.walk import is_tuner_layer
 from pylora.model.lifecycle import unmerge_before_switch
 from pylora.model.replicate import replicate_layers
@@ -28,8 +29,6 @@ from pylora.model.tying import tie_factors
 from pylora.targeting.parameters import ParameterTarget
 from pylora.targeting.resolve import ResolvedTargets, resolve_targets
 from pylora.targeting.tied import apply_tying
-
-_ABSENT = object()
 
 
 class Journal:
@@ -176,7 +175,7 @@ class Injection:
         setattr(parent, child_name, wrapper)
 
     def _extend(self, layer: LoraLayer, name: str, journal: Journal) -> None:
-        inner: nn.Module = layer.base_layer
+        inner: nn.Module = layer._modules["base_layer"]
         nested = isinstance(inner, BaseTunerLayer) or inner._modules
         for each in tuner_layers(cast(nn.Module, layer)) if nested else [layer]:
             journal.add(adapter_restorer(each, self.adapter_name))
@@ -209,11 +208,17 @@ class Injection:
             add_trained_modules(self.model, config, self.adapter_name, is_active, journal.add)
             restore_flags()
         layers = tuner_layers(self.model)
+        at_end(partial(_unmerge_before_switch, layers))
         for layer in layers:
-            at_end(partial(unmerge_before_switch, layer))
-        for layer in layers:
-            layer._active_adapter = list(active)
-            layer.set_requires_grad(self.adapter_name, is_active and not config.inference_mode)
+            # A LoRA layer has settled what trains when it got the adapter, if it knew the active ones.
+            if layer._active_adapter != active or not isinstance(layer, LoraLayer):
+                layer._active_adapter = list(active)
+                layer.set_requires_grad(self.adapter_name, is_active and not config.inference_mode)
+
+
+def _unmerge_before_switch(layers: Iterable[BaseTunerLayer]) -> None:
+    for layer in layers:
+        unmerge_before_switch(layer)
 
 
 def _unloaded(layer: Any) -> nn.Module:
@@ -239,16 +244,22 @@ def _flag_restorer(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
 def adapter_restorer(layer: BaseTunerLayer, adapter_name: str) -> Callable[[], None]:
     """A function that gives the layer the entries it has now for `adapter_name`, or none."""
-    containers = [getattr(layer, attr) for attr in layer.adapter_layer_names + layer.other_param_names]
-    containers += [layer.lora_variant] if isinstance(layer, LoraLayer) else []
-    # `get` would do for dictionaries, but ModuleDict has none.
-    entries = [(each, each[adapter_name] if adapter_name in each else _ABSENT) for each in containers]  # noqa: SIM401
+    ranks = layer.__dict__.get("r")  # of a LoRA layer; every adapter there is in it
+    before: dict[str, Any] = {}
+    if ranks is None or adapter_name in ranks:
+        found = ((attr, entry_of(container, adapter_name)) for attr, container in _containers(layer))
+        before = {attr: entry for attr, entry in found if entry is not None}
 
     def restore() -> None:
-        for container, value in entries:
-            if value is not _ABSENT:
-                container[adapter_name] = value
+        for attr, container in _containers(layer):
+            if attr in before:
+                container[adapter_name] = before[attr]
             elif adapter_name in container:
                 del container[adapter_name]
 
     return restore
+
+
+def _containers(layer: BaseTunerLayer) -> Iterator[tuple[str, Any]]:
+    """Everything that is keyed by adapter on a layer."""
+    return ((attr, getattr(layer, attr)) for attr in layer.adapter_layer_names + layer.other_param_names)

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from pylora.layers import BaseTunerLayer, walk
+from pylora.layers.walk import is_tuner_layer
 from pylora.model.aux_wrapper import AuxiliaryTrainingWrapper
 from pylora.model.inject import adapter_restorer
 
-_ADAPTER_STATE = ("_active_adapter", "_disable_adapters")
+_STATE = ("training", "_active_adapter", "_disable_adapters")
+_NO_HOOKS: frozenset[int] = frozenset()
 
 
 class ModelSnapshot:
@@ -29,16 +31,21 @@ class ModelSnapshot:
         self._root = model
         self._root_attributes = dict(model.__dict__)
         self._configs: dict[str, Any] = dict(model.__dict__.get("peft_config", {}))
-        self._modules: list[tuple[nn.Module, dict[str, nn.Module | None], dict[str, Any], set[int]]] = []
+        self._modules: list[tuple[nn.Module, dict[str, nn.Module | None], dict[str, Any], frozenset[int]]] = []
         self._parameters: list[tuple[nn.Parameter, bool]] = []
         self._replaced: list[Callable[[], None]] = []
+        is_known = adapter_name in self._configs
         for visit in walk(model):
             module = visit.module
-            if adapter_name in self._configs and isinstance(module, BaseTunerLayer):
+            if is_known and is_tuner_layer(module):
                 self._replaced.append(adapter_restorer(module, str(adapter_name)))
-            state = {name: module.__dict__[name] for name in ("training", *_ADAPTER_STATE) if name in module.__dict__}
-            self._modules.append((module, dict(module._modules), state, set(module._forward_hooks)))
-            self._parameters += [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
+            attributes = module.__dict__
+            state = {name: attributes[name] for name in _STATE if name in attributes}
+            hooks = frozenset(module._forward_hooks) if module._forward_hooks else _NO_HOOKS
+            self._modules.append((module, module._modules.copy(), state, hooks))
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._parameters.append((parameter, parameter.requires_grad))
 
     def restore(self, adapter_name: str) -> None:
         """Takes the adapter out, or puts the one of that name back, and modules, hooks and flags too."""
