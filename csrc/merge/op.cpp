@@ -32,6 +32,16 @@ static_assert(sizeof(LogHeader) == 64, "the log is written as bytes");
 
 Tensor new_bytes(int64_t bytes) { return at::empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
 
+/// Whether no two elements share memory, of which threads would write each its own: rows within a matrix, and the
+/// matrices of a stack, one after another or each in the gaps between the others' rows.
+bool lie_apart(const Weight& w) {
+  if (w.count == 0 || matrix_elements(w) == 0) return true;
+  if (w.rows > 1 && w.row_stride < w.columns) return false;
+  if (w.count == 1) return true;
+  const bool in_gaps = w.matrix_stride >= w.columns && w.row_stride >= (w.count - 1) * w.matrix_stride + w.columns;
+  return w.matrix_stride >= (w.rows - 1) * w.row_stride + w.columns || in_gaps;
+}
+
 /// One op's arguments as launchers take them; owns what they point to.
 class Call {
  public:
@@ -50,9 +60,7 @@ class Call {
     const int64_t stride = w.stride(weight.transposed ? -1 : -2);
     weight.row_stride = weight.rows > 1 ? stride : weight.columns;
     weight.matrix_stride = w.dim() == 3 ? w.stride(0) : 0;
-    const bool apart = weight.count <= 1 || matrix_elements(weight) == 0 || weight.matrix_stride != 0;
-    TORCH_CHECK_VALUE((as_rows || as_columns) && (weight.rows <= 1 || weight.row_stride >= weight.columns) && apart,
-                      op_,
+    TORCH_CHECK_VALUE((as_rows || as_columns) && lie_apart(weight), op_,
                       ": w: expected elements that do not overlap, with a stride of 1 in one of the last two "
                       "dimensions, got shape ",
                       w.sizes(), " and strides ", w.strides());

@@ -371,6 +371,7 @@ def test_any_bytes_for_a_payload_are_safe():
 
 
 W, A, B = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+STACK = torch.randn(200)
 
 
 @pytest.mark.parametrize(
@@ -380,6 +381,8 @@ W, A, B = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
         ((W.int(), [A], [B], [1.0]), TypeError, "w: expected float32, bfloat16, float16 or float64, got Int"),
         ((torch.randn(6, 16)[:, ::2].T[::2], [A], [B], [1.0]), ValueError, "w: expected elements that do not overlap"),
         ((torch.randn(8).expand(6, 8), [A], [B], [1.0]), ValueError, "w: expected elements that do not overlap"),
+        ((STACK.as_strided((2, 6, 8), (8, 8, 1)), [A], [B], [1.0]), ValueError, "w: expected elements that do not"),
+        ((STACK.as_strided((3, 6, 8), (8, 16, 1)), [A], [B], [1.0]), ValueError, "w: expected elements that do not"),
         ((W, [], [], []), ValueError, "a: expected at least one adapter, got none"),
         ((W, [A], [B, B], [1.0]), ValueError, "b, scalings: expected as many as a, 1, got 2 and 1"),
         ((W, [A], [B], [1.0, 2.0]), ValueError, "b, scalings: expected as many as a, 1, got 1 and 2"),
@@ -407,6 +410,20 @@ def test_errors(args, error, message):
             swap_(w, a, b, scalings, scales, None, [A], [B], [1.0])
         assert re.search(f"swap_: {message}", str(raised.value).replace("old_", ""))
     assert torch.equal(args[0], before)
+
+
+def test_a_stack_whose_matrices_lie_between_one_another():
+    """Each in the gaps between the rows of the others: no element is another's."""
+    a, b = adapter(6, 8, 2, 0.3, stack=(3,))
+    w = weight(6, 8, torch.float32, stack=(3,), special=False)
+    between = w.transpose(0, 1).contiguous().transpose(0, 1)
+    assert between.stride() == (8, 24, 1)
+    before = w.clone()
+    log = merge_(between, [a], [b], [1.0])
+    merge_(w, [a], [b], [1.0])
+    assert torch.equal(between, w)
+    unmerge_(between, [a], [b], [1.0], log=log)
+    assert torch.equal(between, before)
 
 
 def test_opcheck():
