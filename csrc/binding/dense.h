@@ -72,6 +72,12 @@ inline GemmArgs product_args(const TokenRows& x, const at::Tensor& w) {
   return args;
 }
 
+/// Whether an adapter's low-rank product is best made in the same pass as this one.
+inline bool takes_adapter(const GemmArgs& product, const at::Tensor& b) {
+  return gemm_is_better(product) && b.stride(1) == 1 &&
+         gemm_takes_low_rank(product, b.size(1), to_dtype(b.scalar_type()));
+}
+
 /// The product as a new contiguous tensor with x's leading dimensions, by pylora's own kernels.
 inline at::Tensor run_product(GemmArgs args, const std::optional<at::Tensor>& bias, const at::Tensor& x) {
   c10::SmallVector<int64_t, 4> shape(x.sizes().begin(), x.sizes().end());

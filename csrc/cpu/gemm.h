@@ -1,4 +1,4 @@
-// Dense products of activations with a weight, y = x w^T + scaling v b^T + bias: a layer's base product, with an
+// Dense products of activations with a weight, y = factor (x w^T + scaling v b^T) + bias: a layer's base product, with an
 // adapter's low-rank one as `rank` more columns of x and w. What the CPU ops use where torch's own product is slow on
 // this CPU (16-bit types without 16-bit instructions, few rows); `gemm_is_better` says where that is.
 //
@@ -33,9 +33,10 @@ struct GemmArgs {
   ConstMatrix x;             // [rows, depth], column stride 1
   ConstMatrix w;             // [columns, depth], either stride 1: a weight as it is stored, or transposed
   LowRankTerm low_rank;
-  const void* bias = nullptr;  // [columns], or null
-  MutableMatrix y;             // [rows, columns], column stride 1; what it held is not used
-  void* workspace = nullptr;   // gemm_workspace_bytes(args), aligned to 64
+  const float* factor = nullptr;  // [columns], of the sums in f32, or null
+  const void* bias = nullptr;     // [columns], or null
+  MutableMatrix y;                // [rows, columns], column stride 1; what it held is not used
+  void* workspace = nullptr;      // gemm_workspace_bytes(args), aligned to 64
 };
 
 /// Whether gemm_cpu takes these arguments and is expected to beat torch's product on this CPU.

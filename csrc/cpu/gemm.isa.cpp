@@ -157,8 +157,8 @@ void gemm(int64_t begin, int64_t end, const GemmArgs& args) {
                      });
     }
     for (int64_t m = 0; m < rows; ++m)
-      round_row(sums + m * stride + begin, bias ? bias + begin : nullptr, end - begin,
-                row_of<T>(args.y, first + m) + begin);
+      round_row(sums + m * stride + begin, args.factor ? args.factor + begin : nullptr, bias ? bias + begin : nullptr,
+                end - begin, row_of<T>(args.y, first + m) + begin);
   }
 }
 
@@ -336,7 +336,8 @@ void gemv_rows(int64_t begin, int64_t end, const GemmArgs& args) {
         gemv_tile<T, F, M, 1>(operands(c), low_rank(c), sums[0] + c);
     }
     for (int m = 0; m < M; ++m)
-      round_row(sums[m], bias ? bias + block : nullptr, columns, row_of<T>(args.y, m) + block);
+      round_row(sums[m], args.factor ? args.factor + block : nullptr, bias ? bias + block : nullptr, columns,
+                row_of<T>(args.y, m) + block);
   }
 }
 

@@ -222,10 +222,10 @@ void gemm_dot(int64_t begin, int64_t end, const GemmArgs& args) {
       pack_x<T>(args, block, first, rows, panel);
       multiply_block<T>(args, block, panel, rows, begin, end, sums, stride);
     } while (block.advance(args));
-    if (kSame<T, float> && !bias) continue;
+    if (kSame<T, float> && !bias && !args.factor) continue;
     for (int64_t m = 0; m < rows; ++m)
-      round_row(sums + m * stride + begin, bias ? bias + begin : nullptr, end - begin,
-                row_of<T>(args.y, first + m) + begin);
+      round_row(sums + m * stride + begin, args.factor ? args.factor + begin : nullptr, bias ? bias + begin : nullptr,
+                end - begin, row_of<T>(args.y, first + m) + begin);
   }
 }
 

@@ -6,6 +6,8 @@
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <type_traits>
+
 #include "binding/context.h"
 #include "binding/dense.h"
 #include "binding/status.h"
@@ -126,6 +128,24 @@ struct KernelBackend {
     return launch.norms;
   }
 
+  /// The whole layer in one pass over W, if that is the way for this product; without dropout.
+  static OptionalTensor one_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a,
+                                    const Tensor& b, const Tensor& magnitude, const Tensor& norms, double scaling) {
+    if constexpr (!std::is_same_v<Where, OnCpu>) return std::nullopt;
+    const binding::TokenRows rows(x);
+    if (!binding::takes_adapter(binding::product_args(rows, weight), b)) return std::nullopt;
+    const Tensor magnitudes = magnitude.contiguous();
+    const Tensor factor = binding::new_on_cpu({weight.size(0)}, binding::accumulator_type(x.scalar_type()));
+    const FactorArgs args{weight.size(0),
+                          binding::to_dtype(x.scalar_type()),
+                          binding::to_dtype(magnitude.scalar_type()),
+                          magnitudes.const_data_ptr(),
+                          norms.const_data_ptr<double>(),
+                          factor.mutable_data_ptr()};
+    binding::throw_unless_ok(factor_cpu(args));
+    return lora::linear_scaled(x, weight, bias, a, b, factor, scaling);
+  }
+
   /// y takes z's memory if in_place.
   static Tensor scale(const Tensor& z, const OptionalTensor& rest, const Tensor& magnitude, const Tensor& norms,
                       const OptionalTensor& bias, bool in_place) {
@@ -185,6 +205,10 @@ struct AtenBackend {
   static Tensor row_norms_from(const Tensor&, const Tensor&, const Tensor& weight, const Tensor& a, const Tensor& b,
                                double scaling) {
     return aten::row_norms(weight, a, b, scaling);
+  }
+  static OptionalTensor one_product(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                    const Tensor&, const Tensor&, double) {
+    return std::nullopt;
   }
   static Tensor scale(const Tensor& z, const OptionalTensor& rest, const Tensor& magnitude, const Tensor& norms,
                       const OptionalTensor& bias, bool) {

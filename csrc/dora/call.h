@@ -83,6 +83,15 @@ inline std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& 
   return op.call(x, weight, std::nullopt, a, b, scaling, 0.0, std::nullopt);
 }
 
+/// factor (x W^T + scaling v B^T) + bias; CPU alone.
+inline Tensor linear_scaled(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a,
+                            const Tensor& b, const Tensor& factor, double scaling) {
+  static const auto op =
+      binding::find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                    const Tensor&, double)>("pylora::lora_linear_scaled");
+  return op.call(x, weight, bias, a, b, factor, scaling);
+}
+
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b, double scaling) {
   static const auto op =
       binding::find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,

@@ -134,6 +134,21 @@ Status norms_from_cross_cpu(const Context& context, const CrossArgs& cross_args)
   return {};
 }
 
+Status factor_cpu(const FactorArgs& args) {
+  const ScaleKernels* kernels;
+  if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;
+  const bool f64 = is_f64(args.dtype);
+  constexpr int64_t kColumns = 512;
+  double norm[kColumns];  // accumulators of either size, not needed here
+  for (int64_t c = 0; c < args.out_features; c += kColumns) {
+    const int64_t left = args.out_features - c;
+    void* factor = static_cast<char*>(args.factor) + c * dtype_bytes(accumulator_dtype(args.dtype));
+    kernels->factor[index(args.magnitude_dtype)][f64](args.magnitude, args.norms, c, left < kColumns ? left : kColumns,
+                                                      factor, norm);
+  }
+  return {};
+}
+
 Status scale_cpu(const Context& context, const ScaleArgs& args) {
   const ScaleKernels* kernels;
   if (const Status status = find_kernels(&kernels); !status.is_ok()) return status;

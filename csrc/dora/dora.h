@@ -59,6 +59,15 @@ struct CrossArgs {
   const double* squares = nullptr;  // of SquaresArgs
 };
 
+struct FactorArgs {
+  int64_t out_features = 0;
+  DType dtype = DType::f32;            // of the activations
+  DType magnitude_dtype = DType::f32;  // magnitude
+  const void* magnitude = nullptr;     // [out_features]
+  const double* norms = nullptr;       // [out_features]
+  void* factor = nullptr;              // out: [out_features] accumulators
+};
+
 struct ScaleArgs {
   int64_t num_tokens = 0;
   int64_t out_features = 0;
@@ -89,6 +98,7 @@ struct ScaleBackwardArgs {
 Status squares_cpu(const Context& context, const SquaresArgs& args);
 Status norms_cpu(const Context& context, const NormsArgs& args);
 Status norms_from_cross_cpu(const Context& context, const CrossArgs& args);
+Status factor_cpu(const FactorArgs& args);
 Status scale_cpu(const Context& context, const ScaleArgs& args);
 Status scale_backward_cpu(const Context& context, const ScaleBackwardArgs& args);
 /// Queued on context.stream. norms_cuda forms elements as norms_cpu does and sums their squares in f32 over 128 columns

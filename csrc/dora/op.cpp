@@ -82,13 +82,16 @@ ForwardResults linear_forward(const Tensor& x, const Tensor& weight, const Optio
   return {binding::unflattened(y, x), products.z, products.v, new_norms};
 }
 
-/// Without a backward z need not stay: the factor goes onto it where it lies.
+/// Without a backward z need not stay: the factor goes onto the sums, or onto z where it lies.
 template <class Backend>
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a, const Tensor& b,
               const Tensor& magnitude, const Tensor& norms, double scaling, double dropout_p,
               const OptionalTensor& rng) {
   DoraChecks("dora_linear").linear(x, weight, bias, a, b, magnitude, norms, std::nullopt, dropout_p, rng);
   const binding::NoAutocast settled;
+  if (dropout_p == 0) {
+    if (const OptionalTensor y = Backend::one_product(x, weight, bias, a, b, magnitude, norms, scaling)) return *y;
+  }
   const Tensor rows = binding::flat_rows(x), dropped = lora::dropout(rows, dropout_p, rng);
   const Tensor z = lora::linear(dropped, weight, a, b, scaling);
   const OptionalTensor rest = dropout_p > 0 ? OptionalTensor(Backend::dense(rows.sub(dropped), weight)) : std::nullopt;

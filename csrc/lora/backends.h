@@ -56,12 +56,31 @@ struct KernelBackend {
                                            const OptionalTensor& rng) {
     const binding::TokenRows x_rows(x);
     GemmArgs product = binding::product_args(x_rows, weight);
-    const bool one_product = gemm_is_better(product) && b.stride(1) == 1 &&
-                             gemm_takes_low_rank(product, a.size(0), binding::to_dtype(b.scalar_type()));
-    if (!one_product) {
+    if (!binding::takes_adapter(product, b)) {
       const Tensor base = dense(aten::rows(x), weight, bias).view(aten::with_width(x, weight.size(0)));
       return forward(base, x, a, b, scaling, dropout_p, rng);
     }
+    return one_product(x_rows, product, x, bias, a, b, scaling, dropout_p, rng);
+  }
+
+  /// factor (x w^T + scaling v b^T) + bias, rounded once where one product makes it all.
+  static Tensor scaled_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a,
+                              const Tensor& b, const Tensor& factor, double scaling) {
+    const binding::TokenRows x_rows(x);
+    GemmArgs product = binding::product_args(x_rows, weight);
+    if (!binding::takes_adapter(product, b)) {
+      const Tensor y = aten::widen(std::get<0>(linear(x, weight, std::nullopt, a, b, scaling, 0.0, std::nullopt)));
+      y.mul_(factor);
+      if (bias) y.add_(*bias);
+      return y.to(x.scalar_type());
+    }
+    product.factor = factor.const_data_ptr<float>();
+    return std::get<0>(one_product(x_rows, product, x, bias, a, b, scaling, 0.0, std::nullopt));
+  }
+
+  static std::tuple<Tensor, Tensor> one_product(const binding::TokenRows& x_rows, GemmArgs product, const Tensor& x,
+                                                const OptionalTensor& bias, const Tensor& a, const Tensor& b,
+                                                double scaling, double dropout_p, const OptionalTensor& rng) {
     const Tensor v = shrink(x_rows, a, b, dropout_p, rng);
     product.low_rank = {a.size(0), static_cast<float>(scaling), v.const_data_ptr<float>(), matrix(b),
                         binding::to_dtype(b.scalar_type())};

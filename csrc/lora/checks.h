@@ -41,6 +41,15 @@ class LoraChecks {
     check_.dropout(dropout_p, rng, x);
   }
 
+  /// A number for each output, in f32, or f64 where x is.
+  void factor(const Tensor& factor, const Tensor& x, int64_t out_features) const {
+    check_.shape("factor", factor, {out_features});
+    check_.same_device("factor", factor, "x", x);
+    const at::ScalarType dtype = binding::accumulator_type(x.scalar_type());
+    TORCH_CHECK_TYPE(factor.scalar_type() == dtype, op_, ": factor: expected ", dtype, ", got ", factor.scalar_type());
+    TORCH_CHECK_VALUE(factor.is_contiguous(), op_, ": factor: expected a contiguous tensor");
+  }
+
   void add(const Tensor& base, const Tensor& x, const Tensor& a, const Tensor& b, double dropout_p,
            const OptionalTensor& rng) const {
     check_.dim_at_least("x", x, 1);

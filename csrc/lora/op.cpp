@@ -34,6 +34,16 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   return std::get<0>(linear_forward<Backend>(x, weight, bias, a, b, scaling, dropout_p, rng));
 }
 
+/// What dora calls without a backward: its factor goes onto the sums of the product.
+Tensor linear_scaled(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& a,
+                     const Tensor& b, const Tensor& factor, double scaling) {
+  const LoraChecks check("lora_linear_scaled");
+  check.linear(x, weight, bias, a, b, 0.0, std::nullopt);
+  check.factor(factor, x, weight.size(0));
+  const aten::NoAutocast settled;
+  return KernelBackend::scaled_linear(x, weight, bias, a, b, factor, scaling);
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& a, const Tensor& b,
@@ -136,6 +146,10 @@ TORCH_LIBRARY_FRAGMENT(pylora, m) {
       "float dropout_p=0.0, Tensor? rng=None) -> (Tensor y, Tensor v)",
       tags);
   m.def(
+      "lora_linear_scaled(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor factor, float scaling) -> "
+      "Tensor",
+      tags);
+  m.def(
       "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor a, Tensor b, Tensor? v, float scaling, "
       "float dropout_p, Tensor? rng, bool[5] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor da, "
       "Tensor db)",
@@ -158,6 +172,7 @@ TORCH_LIBRARY_FRAGMENT(pylora, m) {
 TORCH_LIBRARY_IMPL(pylora, CPU, m) {
   m.impl("lora_linear", &linear<KernelBackend>);
   m.impl("lora_linear_forward", &linear_forward<KernelBackend>);
+  m.impl("lora_linear_scaled", &linear_scaled);
   m.impl("lora_linear_backward", &linear_backward<KernelBackend>);
   m.impl("lora_add", &add<KernelBackend>);
   m.impl("lora_add_forward", &add_forward<KernelBackend>);

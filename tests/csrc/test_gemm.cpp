@@ -44,8 +44,9 @@ struct LowRank {
 };
 
 void check_product(int64_t rows, int64_t columns, int64_t depth, DType dtype, bool transposed, int64_t rank = 0,
-                   DType factor_dtype = DType::f32) {
+                   DType factor_dtype = DType::f32, bool scaled = false) {
   std::vector<float> x = normal(rows * depth, 1), w = normal(columns * depth, 2), bias = normal(columns, 3);
+  const std::vector<float> factor = normal(columns, 6);
   std::vector<float> y(static_cast<size_t>(rows * columns));
   std::vector<uint16_t> x16, w16, bias16, y16(y.size());
   for (auto [from, to] : {std::pair{&x, &x16}, {&w, &w16}, {&bias, &bias16}}) {
@@ -65,6 +66,7 @@ void check_product(int64_t rows, int64_t columns, int64_t depth, DType dtype, bo
   const LowRank low_rank(rows, columns, rank, factor_dtype);
   args.low_rank = low_rank.term;
   args.bias = narrow ? static_cast<const void*>(bias16.data()) : bias.data();
+  if (scaled) args.factor = factor.data();
   args.y = {narrow ? static_cast<void*>(y16.data()) : y.data(), columns, 1};
   const test::AlignedBuffer workspace(gemm_workspace_bytes(args));
   args.workspace = workspace.data.get();
@@ -72,7 +74,7 @@ void check_product(int64_t rows, int64_t columns, int64_t depth, DType dtype, bo
   CHECK(gemm_cpu(Context{}, args).is_ok(), "%ld x %ld x %ld", long(rows), long(columns), long(depth));
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t o = 0; o < columns; ++o) {
-      double sum = bias[o], size = std::fabs(bias[o]);
+      double sum = 0, size = 0;
       for (int64_t k = 0; k < depth; ++k) {
         const double term = double(x[t * depth + k]) * w[transposed ? k * columns + o : o * depth + k];
         sum += term;
@@ -83,6 +85,9 @@ void check_product(int64_t rows, int64_t columns, int64_t depth, DType dtype, bo
         sum += term;
         size += std::fabs(term);
       }
+      if (scaled) sum *= factor[o], size *= std::fabs(factor[o]);
+      sum += bias[o];
+      size += std::fabs(bias[o]);
       const double got = narrow ? from_bf16(y16[t * columns + o]) : y[t * columns + o];
       const double limit = 1e-6 * size + (narrow ? std::fabs(sum) / 256 : 0);
       CHECK(std::fabs(got - sum) <= limit, "%ld x %ld x %ld rank %ld at %ld, %ld: %g, expected %g", long(rows),
@@ -114,6 +119,11 @@ int main() {
             for (int64_t depth : {0, 40, 641, 2100})
               check_product(rows, 45, depth, dtype, false, rank, factor_dtype);
     check_product(4, 45, 40, DType::bf16, true, 7, DType::bf16);
+    for (DType dtype : {DType::f32, DType::bf16})
+      for (bool transposed : {false, true})
+        for (int64_t rows : {1, 3, 5, 200})
+          for (int64_t columns : {1, 45, 300})
+            check_product(rows, columns, 70, dtype, transposed, transposed ? 0 : 9, DType::f32, true);
     for (DType dtype : {DType::f32, DType::bf16})
       for (int64_t depth : {600, 640, 1153})
         check_product(7, 9, depth, dtype, false, 1500);  // a rank of several blocks

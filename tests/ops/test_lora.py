@@ -59,6 +59,20 @@ def test_factors_in_another_dtype(isa, dtype, factor_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 5, 200])
+def test_a_factor_for_each_output(isa, dtype, num_tokens):
+    """In the product's own pass, and after torch's product (f64, and f32 of 200 rows)."""
+    inputs = lora_inputs(num_tokens, 40, 37, 6, dtype)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    factor = torch.linspace(-2.0, 3.0, 37, dtype=accumulator)
+    arguments = (inputs.a, inputs.b)
+    y = torch.ops.pylora.lora_linear_scaled(inputs.x, inputs.weight, inputs.bias, *arguments, factor, inputs.scaling)
+    z = reference.lora_linear(inputs.x, inputs.weight, None, *arguments, inputs.scaling)
+    assert y.dtype == dtype
+    assert_near(y, factor.double() * z + inputs.bias.double(), 46, roundings=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_and_leading_dimensions(isa, dtype):
     base = lora_inputs(24, 40, 36, 5, dtype)
     wide = torch.zeros(24, 100, dtype=dtype)

@@ -50,6 +50,17 @@ def test_bad_arguments_are_named(changes, error, message):
         call_linear(**changes)
 
 
+def test_a_factor_that_does_not_fit_is_named():
+    inputs = lora_inputs(4, 8, 6, 2)
+    op, arguments = torch.ops.pylora.lora_linear_scaled, (inputs.x, inputs.weight, None, inputs.a, inputs.b)
+    with pytest.raises(ValueError, match=r"lora_linear_scaled: factor: expected shape \[6\] .* got \[5\]"):
+        op(*arguments, torch.ones(5), 1.0)
+    with pytest.raises(TypeError, match="factor: expected Float, got Double"):
+        op(*arguments, torch.ones(6, dtype=torch.float64), 1.0)
+    with pytest.raises(ValueError, match="factor: expected a contiguous tensor"):
+        op(*arguments, torch.ones(12)[::2], 1.0)
+
+
 def test_add_names_a_base_that_does_not_fit():
     inputs = lora_inputs(4, 8, 6, 2)
     with pytest.raises(ValueError, match=r"lora_add: base: expected shape \[4, -1\] .* got \[3, 6\]"):
