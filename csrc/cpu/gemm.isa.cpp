@@ -257,8 +257,8 @@ void gemv_tile(const GemvOperands<T>& w, const GemvOperands<F>& b, float* sums) 
 }
 
 /// Calls the first line of each of R rows of the weight: the page is then looked up while the rows before these are
-/// multiplied, and the hardware follows each row from there by itself. From memory f32 is read 1.3 times as fast so and
-/// bf16 1.2; calling every line is slower than calling none.
+/// multiplied, and the hardware follows each row from there by itself. From memory one row of x takes .87 of the time in f32
+/// (width 1024) and .81 in bf16 (2048); in f32 calling every line is slower than calling none.
 template <int R, class T>
 void fetch_starts(const GemvOperands<T>& p) {
   for (int r = 0; r < R; ++r)
