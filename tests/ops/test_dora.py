@@ -334,8 +334,8 @@ def test_autocast_takes_the_norms_of_the_stored_weight(low):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_implementation_of_other_devices(dtype, dropout_p):
-    """The ATen calls that serve CUDA, reached with CPU tensors through CUDA's place in the dispatch table."""
-    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    """The ATen calls that serve devices without kernels, reached with CPU tensors through one's place in the table."""
+    other_device = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     inputs = lora_inputs(11, 40, 24, 5, dtype, torch.float32)
     with torch.no_grad():
         inputs.weight[3] = (-inputs.scaling * (inputs.b[3].double() @ inputs.a.double())).to(dtype)
@@ -344,12 +344,15 @@ def test_implementation_of_other_devices(dtype, dropout_p):
     ops = torch.ops.pylora
     norm_arguments = (inputs.weight, inputs.a, inputs.b, inputs.scaling)
     norms = ops.dora_row_norms(*norm_arguments)
-    assert_close(ops.dora_row_norms.default.redispatch(cuda, *norm_arguments), norms, rtol=2e-6, atol=1e-9)
-    squares = ops.dora_row_squares.default.redispatch(cuda, inputs.weight)
+    assert_close(ops.dora_row_norms.default.redispatch(other_device, *norm_arguments), norms, rtol=2e-6, atol=1e-9)
+    squares = ops.dora_row_squares.default.redispatch(other_device, inputs.weight)
     assert_close(squares, ops.dora_row_squares(inputs.weight), rtol=2e-6, atol=0)
     outputs = [
         call(*tensors, norms, None, inputs.scaling, dropout_p, rng)
-        for call in (lambda *args: ops.dora_linear_forward.default.redispatch(cuda, *args), ops.dora_linear_forward)
+        for call in (
+            lambda *args: ops.dora_linear_forward.default.redispatch(other_device, *args),
+            ops.dora_linear_forward,
+        )
     ]
     for mine, other in zip(*outputs, strict=True):
         assert mine.dtype == other.dtype
@@ -359,7 +362,7 @@ def test_implementation_of_other_devices(dtype, dropout_p):
     _, z, v, _ = outputs[1]
     for needs in ([True] * 6, [False, True, False, True, False, True]):
         arguments = (inputs.dy, x, weight, a, b, magnitude, norms, z, v, inputs.scaling, dropout_p, rng, needs)
-        grads = ops.dora_linear_backward.default.redispatch(cuda, *arguments)
+        grads = ops.dora_linear_backward.default.redispatch(other_device, *arguments)
         for grad, kernel in zip(grads, ops.dora_linear_backward(*arguments), strict=True):
             assert grad.dtype == kernel.dtype
             if grad.numel():
