@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <limits>
 
 #if defined(PYLORA_WITH_CUDA)
 #include "cuda/segments.h"
@@ -16,14 +17,15 @@ namespace pylora::binding {
 
 bool has_code_for_gpu(c10::DeviceIndex index) {
   enum Answer : char { unknown, no, yes };
-  static std::array<std::atomic<Answer>, 64> answers{};
-  if (index < 0 || index >= c10::impl::VirtualGuardImpl(c10::kCUDA).deviceCount()) return false;
-  const bool is_kept = static_cast<size_t>(index) < answers.size();
-  const Answer before = is_kept ? answers[static_cast<size_t>(index)].load(std::memory_order_relaxed) : unknown;
+  static std::array<std::atomic<Answer>, std::numeric_limits<c10::DeviceIndex>::max() + 1> answers{};
+  if (index < 0) return false;
+  std::atomic<Answer>& answer = answers[static_cast<size_t>(index)];
+  const Answer before = answer.load(std::memory_order_relaxed);
   if (before != unknown) return before == yes;
+  if (index >= c10::impl::VirtualGuardImpl(c10::kCUDA).deviceCount()) return false;
   const c10::DeviceGuard guard(c10::Device(c10::kCUDA, index));
   const bool served = cuda::runs_here();
-  if (is_kept) answers[static_cast<size_t>(index)].store(served ? yes : no, std::memory_order_relaxed);
+  answer.store(served ? yes : no, std::memory_order_relaxed);
   return served;
 }
 

@@ -82,6 +82,12 @@ inline int64_t largest_rank(const std::vector<SegmentSlot>& slots) {
   return rank;
 }
 
+/// Gradients of these factors, where there are any, in the factors' dtypes.
+inline void to_dtypes_of(TensorList factors, std::vector<Tensor>* grads) {
+  for (size_t i = 0; i < grads->size(); ++i)
+    (*grads)[i] = (*grads)[i].to(factors[i].scalar_type());
+}
+
 /// Sums for the gradients of all factors, in accumulators, as a launcher takes them.
 struct FactorSums {
   std::vector<Tensor> da, db;  // each [rank, in]; [rank, out]
@@ -101,9 +107,11 @@ struct FactorSums {
   FactorGradients as_gradients(TensorList a, TensorList b) const {
     FactorGradients result;
     for (size_t i = 0; i < da.size(); ++i) {
-      std::get<0>(result).push_back(da[i].to(a[i].scalar_type()));
-      std::get<1>(result).push_back(db[i].t().contiguous().to(b[i].scalar_type()));
+      std::get<0>(result).push_back(da[i]);
+      std::get<1>(result).push_back(db[i].t().contiguous());
     }
+    to_dtypes_of(a, &std::get<0>(result));
+    to_dtypes_of(b, &std::get<1>(result));
     return result;
   }
 };

@@ -146,10 +146,8 @@ inline Gradients conv_backward(const Tensor& dy, const Tensor& x, PYLORA_SERVED_
     db[slot].add_(own_db);
     if (need_x) dx.index_copy_(0, rows.to(at::kLong), own_dx);
   }
-  for (size_t i = 0; i < a.size(); ++i) {
-    da[i] = da[i].to(a[i].scalar_type());
-    db[i] = db[i].to(b[i].scalar_type());
-  }
+  to_dtypes_of(a, &da);
+  to_dtypes_of(b, &db);
   return {dx.to(x.scalar_type()), da, db};
 }
 

@@ -39,12 +39,14 @@ __global__ void __launch_bounds__(cuda::kThreads) lookup_kernel(const LookupWork
 
 /// Rows of an item that a block's warps take at once.
 constexpr int kRowsAtOnce = cuda::kWarps;
+/// Blocks a multiprocessor: left to itself ptxas aims at 16 on sm_100, and spills.
+constexpr int kScatterBlocks = 12;
 
 /// da_s[:, c] = sum of g[t] over the tokens of slot s with column c, in the order of the plan. A warp takes a token; where
 /// that is the first of its column, it sums over all of them, and nobody else writes this column. Columns of no token are
 /// not written. Looks at each pair of tokens of a slot: cheap beside dY as long as a slot has some thousand.
 template <class C>
-__global__ void __launch_bounds__(cuda::kThreads) scatter_kernel(const LookupWork work) {
+__global__ void __launch_bounds__(cuda::kThreads, kScatterBlocks) scatter_kernel(const LookupWork work) {
   const int64_t count = cuda::num_items(work.plan);
   constexpr int kParts = cuda::kItemRows / kRowsAtOnce;
   const int lane = cuda::lane_id();

@@ -122,10 +122,8 @@ Gradients linear_backward_cuda(const Tensor& dy, const Tensor& x, const Optional
                                PYLORA_MULTI_LORA_ARGS, bool need_x, bool need_factors) {
   auto [dx, da, db] = linear_backward(dy, x, weight, v, on_cuda::of_one_dtype(a), on_cuda::of_one_dtype(b), scalings,
                                       dropout, rng, order, indptr, slots, need_x, need_factors);
-  for (size_t i = 0; i < da.size(); ++i) {
-    da[i] = da[i].to(a[i].scalar_type());
-    db[i] = db[i].to(b[i].scalar_type());
-  }
+  to_dtypes_of(a, &da);
+  to_dtypes_of(b, &db);
   return {dx, da, db};
 }
 
@@ -137,10 +135,8 @@ FactorGradients embedding_backward_on_cuda(const Tensor& dy, const Tensor& token
                                            int64_t padding_idx) {
   auto [da, db] = embedding_backward(dy, tokens, on_cuda::of_one_dtype(a), on_cuda::of_one_dtype(b), scalings, order,
                                      indptr, slots, padding_idx);
-  for (size_t i = 0; i < da.size(); ++i) {
-    da[i] = da[i].to(a[i].scalar_type());
-    db[i] = db[i].to(b[i].scalar_type());
-  }
+  to_dtypes_of(a, &da);
+  to_dtypes_of(b, &db);
   return {da, db};
 }
 #endif

@@ -18,6 +18,7 @@ from pylora.layers.delta_layer import AdaptedWeight, DeltaLayer
 from pylora.layers.linear import Linear
 from pylora.layers.merging import Delta
 from pylora.layers.registry import register_layer
+from pylora.layers.served import is_hooked
 
 # PEFT adds the output projection's delta twice, in its forward and when it merges. Adapters trained with it rely on
 # that, so that loading them must mean the same here.
@@ -260,14 +261,7 @@ def _check_variants(layer_name: str, config: Any) -> None:
 
 def _is_observed(module: nn.Module) -> bool:
     """Whether hooks have to see a call of `module`."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or torch_module._has_any_global_hook()
-    )
+    return is_hooked(module) or torch_module._has_any_global_hook()
 
 
 def _effective(

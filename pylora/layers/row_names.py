@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -32,7 +31,7 @@ class RowNames(list[str]):
             indptr.append(indptr[-1] + len(rows))
         self._order = torch.tensor(order, dtype=torch.int32)
         self._indptr = torch.tensor(indptr, dtype=torch.int32)
-        self._plans: dict[Any, BatchPlan] = {}
+        self._plans: dict[tuple[object, ...], BatchPlan] = {}
 
     @classmethod
     def of(cls, names: Iterable[str]) -> RowNames:

@@ -27,11 +27,10 @@ from pylora.layers.merging import (
     unchanged_bias,
     unmerged_values,
 )
+from pylora.layers.served import OP_DTYPES, are_plain
 from pylora.layers.walk import tuner_layers
 from pylora.ops import merge_, merge_is_finite, unmerge_
 
-_KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
 _order = itertools.count()
 _for_good: ContextVar[bool] = ContextVar("pylora_merge_for_good", default=False)
 
@@ -82,7 +81,7 @@ def merge_log_bytes(model: nn.Module) -> int:
 
 
 def _is_plain(tensor: Any) -> bool:
-    return type(tensor) in _PLAIN_TENSORS and tensor.is_cpu and tensor.dtype in _KERNEL_DTYPES
+    return are_plain(tensor) and tensor.is_cpu and tensor.dtype in OP_DTYPES
 
 
 def _has_rows(matrix: torch.Tensor) -> bool:

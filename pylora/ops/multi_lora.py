@@ -225,72 +225,29 @@ def _fake_backward(
     dx = dy.new_empty(x.shape if need_x else (0,))
     if not need_factors:
         return dx, [], []
-    return dx, [each.new_empty(each.shape) for each in a], [each.new_empty(each.shape) for each in b]
+    return dx, _like(a), _like(b)
 
 
 @torch.library.register_fake("pylora::multi_lora_embedding_")
-def _fake_embedding(
-    y: Tensor,
-    tokens: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    scalings: list[float],
-    order: Tensor,
-    indptr: Tensor,
-    slots: Tensor,
-    padding_idx: int,
-) -> None:
+@torch.library.register_fake("pylora::multi_lora_conv_")
+def _fake_in_place(y: Tensor, *arguments: object) -> None:
     return None
 
 
 @torch.library.register_fake("pylora::multi_lora_embedding_backward")
 def _fake_embedding_backward(
-    dy: Tensor,
-    tokens: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    scalings: list[float],
-    order: Tensor,
-    indptr: Tensor,
-    slots: Tensor,
-    padding_idx: int,
+    dy: Tensor, tokens: Tensor, a: list[Tensor], b: list[Tensor], *arguments: object
 ) -> tuple[list[Tensor], list[Tensor]]:
-    return [each.new_empty(each.shape) for each in a], [each.new_empty(each.shape) for each in b]
-
-
-@torch.library.register_fake("pylora::multi_lora_conv_")
-def _fake_conv(
-    y: Tensor,
-    x: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    scalings: list[float],
-    order: Tensor,
-    indptr: Tensor,
-    slots: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> None:
-    return None
+    return _like(a), _like(b)
 
 
 @torch.library.register_fake("pylora::multi_lora_conv_backward")
 def _fake_conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    scalings: list[float],
-    order: Tensor,
-    indptr: Tensor,
-    slots: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    need_x: bool,
+    dy: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], *arguments: object
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    dx = x.new_empty(x.shape if need_x else (0,))
-    return dx, [each.new_empty(each.shape) for each in a], [each.new_empty(each.shape) for each in b]
+    need_x = arguments[-1]
+    return x.new_empty(x.shape if need_x else (0,)), _like(a), _like(b)
+
+
+def _like(factors: list[Tensor]) -> list[Tensor]:
+    return [each.new_empty(each.shape) for each in factors]
