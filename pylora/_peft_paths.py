@@ -21,7 +21,8 @@ _HOMES = {
     "checkpoint.extract": "get_peft_model_state_dict",
     "checkpoint.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
     "checkpoint.keys": "_filter_state_dict_by_key_prefixes=select_under",
-    "checkpoint.load": "load_peft_weights set_peft_model_state_dict",
+    "checkpoint.load": "set_peft_model_state_dict",
+    "checkpoint.read": "load_peft_weights",
     "combine.arithmetic": (
         "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune "
         "prune random_pruning reshape_weight_task_tensors task_arithmetic ties"

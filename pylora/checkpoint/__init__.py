@@ -3,7 +3,8 @@
 from pylora.checkpoint.base_state import get_base_model_state_dict, set_base_model_state_dict
 from pylora.checkpoint.extract import get_peft_model_state_dict
 from pylora.checkpoint.keys import AdapterNameError
-from pylora.checkpoint.load import load_peft_weights, set_peft_model_state_dict
+from pylora.checkpoint.load import set_peft_model_state_dict
+from pylora.checkpoint.read import load_peft_weights
 
 __all__ = [
     "AdapterNameError",

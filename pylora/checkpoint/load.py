@@ -1,17 +1,14 @@
-"""Reads an adapter's weights and puts them into a model, after everything about them has been checked."""
+"""Puts an adapter's weights into a model, after everything about them has been checked."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pylora.checkpoint.files import StrPath, find_weights
 from pylora.checkpoint.fused_experts import fuse_expert_tensors, fused_experts
-from pylora.checkpoint.keys import MODEL_PREFIX, rename_keys, to_checkpoint_key
+from pylora.checkpoint.keys import MODEL_PREFIX, to_checkpoint_key
 from pylora.checkpoint.structure import (
     Place,
     Site,
@@ -27,60 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from torch.nn.modules.module import _IncompatibleKeys
-
-
-def load_peft_weights(
-    model_id: StrPath,
-    device: str | torch.device | None = None,
-    key_mapping: Mapping[str, str] | None = None,
-    **hf_hub_download_kwargs: Any,
-) -> dict[str, Tensor]:
-    """Reads the weights file of an adapter.
-
-    Args:
-        model_id: local folder, or repository id on the hub.
-        device: where the tensors are to be; the CPU by default, from where they are copied to each layer's device.
-        key_mapping: regular expressions to rename keys by, see `pylora.checkpoint.keys.rename_keys`.
-        hf_hub_download_kwargs: `subfolder`, and what `huggingface_hub.hf_hub_download` takes.
-
-    Returns:
-        checkpoint keys and tensors, as stored.
-
-    Raises:
-        ValueError: no weights file there, or one that holds something else than tensors.
-        safetensors.SafetensorError: a truncated or corrupt .safetensors file.
-        pickle.UnpicklingError: a .bin file that is corrupt or holds anything but tensors (it is never unpickled
-            beyond those: `weights_only=True`). Truncated ones raise RuntimeError or EOFError.
-    """
-    path = find_weights(model_id, **hf_hub_download_kwargs)
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    return rename_keys(read(path, "cpu" if device is None else device), key_mapping)
-
-
-def _read_safetensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
-    from pylora.checkpoint.safetensors_file import read_safetensors
-    from pylora.checkpoint.safetensors_header import BrokenFileError
-
-    try:
-        tensors = read_safetensors(path)
-    except BrokenFileError as error:
-        from safetensors import SafetensorError
-
-        raise SafetensorError(f"{os.fspath(path)!r}: {error}") from None
-    if str(device) == "cpu":
-        return tensors
-    return {key: tensor.to(device) for key, tensor in tensors.items()}
-
-
-def _read_pickle(path: Path, device: str | torch.device) -> dict[str, Tensor]:
-    import torch
-
-    tensors = torch.load(path, map_location=torch.device(device), weights_only=True)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
-    ):
-        raise ValueError(f"{os.fspath(path)!r}: expected a dictionary of tensors by name, got {type(tensors).__name__}")
-    return tensors
 
 
 def set_peft_model_state_dict(

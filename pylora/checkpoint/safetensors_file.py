@@ -7,7 +7,10 @@ which a model can keep: nothing is copied a second time.
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +20,7 @@ from torch import Tensor
 from pylora.checkpoint.safetensors_header import BrokenFileError, Entry, read_at, read_header
 
 _ALIGNMENT = 64  # of a tensor, as torch's allocator has it
+_WORTH_A_THREAD = 1 << 20  # bytes, which take some 10 times as long to read as a thread to start
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,23 +52,57 @@ class _Piece(NamedTuple):
     length: int
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read a file.
+class SafetensorsReading:
+    """A file that is being read, by a thread of its own if it is large: the caller can prepare what takes the tensors.
 
-    The tensors may be written, kept, pickled and passed on one by one. Their memory goes back to the system when the
-    last of them is gone. Only `resize_` cannot make them larger.
+    Args:
+        path: The file. Its header is read and checked at once.
+
+    Attributes:
+        tensors: The tensors by name, undefined until `wait` returns. They may be written, kept, pickled and passed on
+            one by one. Their memory goes back to the system when the last of them is gone. Only `resize_` cannot make
+            them larger.
 
     Raises:
-        BrokenFileError: it is truncated, also while it is read, or not of this format, or a tensor has a dtype that
-            torch lacks.
+        BrokenFileError: it is truncated or not of this format, or a tensor has a dtype that torch lacks.
         OSError: it cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
-        header, start = read_header(file.fileno())
-        pieces, size = _pieces(header.entries)
-        block = _Block(size)
-        read_at(file.fileno(), start, [block.view[piece.begin : piece.begin + piece.length] for piece in pieces])
-    return {key: block.tensor(piece) for key, piece in zip(header.entries, pieces, strict=True)}
+
+    def __init__(self, path: Path) -> None:
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        with ExitStack() as to_close:
+            file = to_close.enter_context(open(path, "rb", buffering=0))
+            header, start = read_header(file.fileno())
+            pieces, size = _pieces(header.entries)
+            block = _Block(size)
+            self.tensors = {key: block.tensor(piece) for key, piece in zip(header.entries, pieces, strict=True)}
+            buffers = [block.view[piece.begin : piece.begin + piece.length] for piece in pieces]
+            read = partial(self._read, to_close.pop_all(), file.fileno(), start, buffers)
+        if size < _WORTH_A_THREAD:
+            read()
+        else:
+            self._thread = threading.Thread(target=read, name="pylora-read")
+            self._thread.start()
+
+    def _read(self, to_close: ExitStack, file: int, start: int, buffers: list[memoryview]) -> None:
+        try:
+            with to_close:
+                read_at(file, start, buffers)
+        except BaseException as failure:
+            self._failure = failure
+
+    def wait(self) -> None:
+        """Return when the tensors have their values.
+
+        Raises:
+            BrokenFileError: the file became shorter while it was read.
+            OSError: it cannot be read.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if self._failure is not None:
+            raise self._failure
 
 
 def _pieces(entries: Mapping[str, Entry]) -> tuple[list[_Piece], int]:

@@ -6,6 +6,7 @@ Classes are not asked for either: the same walk then serves pylora's layers, PEF
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -187,8 +188,13 @@ def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_keyed_by_adapter(child: Any) -> bool:
-    """ModuleDict, ParameterDict and PEFT's BufferDict: containers with `keys` and membership."""
-    return hasattr(type(child), "keys") and hasattr(type(child), "__contains__") and hasattr(type(child), "update")
+    return _is_container(type(child))
+
+
+@functools.cache
+def _is_container(cls: Any) -> bool:
+    """ModuleDict, ParameterDict and PEFT's BufferDict: classes with `keys` and membership."""
+    return hasattr(cls, "keys") and hasattr(cls, "__contains__") and hasattr(cls, "update")
 
 
 def tensor_paths(root: str, held: Any) -> list[str]:

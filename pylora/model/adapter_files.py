@@ -1,6 +1,7 @@
 """Adapters to and from disk: the methods of `PeftModel` that read and write files.
 
-Everything is read and checked before the model is changed, and everything is written before a file is replaced.
+Everything is checked before the model is changed, and everything is written before a file is replaced. Data of a large
+file is read while the layers get their adapter; if that fails, the model gets back what it had.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from pylora.checkpoint.convert import check_convertible, config_of_converted, relative_to_initial
 from pylora.checkpoint.extract import get_peft_model_state_dict
 from pylora.checkpoint.files import StagedFiles, StrPath, adapter_folder, split_hub_arguments, staged_files
 from pylora.checkpoint.keys import LORA_PREFIX, checked_adapter_name
-from pylora.checkpoint.load import load_peft_weights, plan_load
+from pylora.checkpoint.load import plan_load
+from pylora.checkpoint.read import ArrivingWeights, load_peft_weights, start_loading
 from pylora.checkpoint.save import stage_weights, warn_if_shadowed
 from pylora.config import PeftConfig
 from pylora.config.support import as_trained
@@ -160,7 +162,7 @@ class AdapterFiles:
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        weights = _read_weights(model_id, kwargs.pop("torch_device", None), key_mapping, kwargs)
+        weights = _start_reading(model_id, kwargs.pop("torch_device", None), key_mapping, kwargs)
 
         old_config = copy.copy(config.__dict__)
         config.inference_mode = not is_trainable
@@ -225,7 +227,7 @@ class AdapterFiles:
             config.inference_mode = not is_trainable
             if hasattr(config, "runtime_config"):
                 config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
-        weights = _read_weights(model_id, torch_device, key_mapping, kwargs)
+        weights = _start_reading(model_id, torch_device, key_mapping, kwargs)
         tuner = model.base_model
         before = ModelSnapshot(tuner.model) if is_new else None
         active, targeted = tuner.active_adapter, list(tuner.targeted_module_names)
@@ -260,14 +262,15 @@ class AdapterFiles:
     def _fill_adapter(
         self,
         adapter_name: str,
-        weights: Mapping[str, Tensor],
+        weights: ArrivingWeights,
         autocast_adapter_dtype: bool,
         low_cpu_mem_usage: bool,
         ignore_mismatched_sizes: bool | None,
         is_new: bool,
     ) -> _IncompatibleKeys:
         model: Any = self
-        plan = plan_load(model, weights, adapter_name, ignore_mismatched_sizes=bool(ignore_mismatched_sizes))
+        weights.wait()
+        plan = plan_load(model, weights.tensors, adapter_name, ignore_mismatched_sizes=bool(ignore_mismatched_sizes))
         if is_new:
             lacking = [*plan.missing, *(key for key, _, _ in plan.mismatched)]
             initialise_left_out(model, adapter_name, lacking, model.peft_config[adapter_name].init_lora_weights)
@@ -327,11 +330,11 @@ def _stage_model_card(model: Any, stage: StagedFiles, folder: Path) -> None:
         (stage.folder(folder) / CARD_NAME).write_text(text, encoding="utf-8", newline="")
 
 
-def _read_weights(
+def _start_reading(
     model_id: StrPath, device: Any, key_mapping: Mapping[str, str] | None, kwargs: dict[str, Any]
-) -> dict[str, Tensor]:
+) -> ArrivingWeights:
     hub, _ = split_hub_arguments(kwargs)
-    return load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
+    return start_loading(model_id, device=device, key_mapping=key_mapping, **hub)
 
 
 def _refuse_offloaded(model: nn.Module) -> None:

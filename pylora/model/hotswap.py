@@ -15,7 +15,7 @@ from torch import nn
 
 from pylora.checkpoint.files import StrPath, split_hub_arguments
 from pylora.checkpoint.keys import MODEL_PREFIX, to_checkpoint_key
-from pylora.checkpoint.load import load_peft_weights
+from pylora.checkpoint.read import load_peft_weights
 from pylora.checkpoint.structure import adapter_roots, adapter_sites, join, place_of, tensor_paths
 from pylora.config import PeftConfig, pattern_value, scaling_for
 from pylora.layers import LoraLayer, tuner_layers

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pylora.checkpoint import safetensors_file
-from pylora.checkpoint.load import load_peft_weights
-from pylora.checkpoint.safetensors_file import read_safetensors
+from pylora.checkpoint.read import load_peft_weights
+from pylora.checkpoint.safetensors_file import SafetensorsReading
 from pylora.checkpoint.safetensors_header import BrokenFileError, read_at
 
 
@@ -35,6 +36,12 @@ def entry(dtype: Any, shape: Any, *offsets: Any) -> dict[str, Any]:
 
 def numbers(count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(count).mul(7).remainder(2 if dtype == torch.bool else 100).to(dtype)
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    reading = SafetensorsReading(path)
+    reading.wait()
+    return reading.tensors
 
 
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -183,9 +190,37 @@ def test_files_shorter_than_a_header(tmp_path: Path, content: bytes) -> None:
         read_safetensors(path)
 
 
-def test_a_file_that_is_truncated_while_it_is_read(tmp_path: Path, truncating: Callable[[Path, int], None]) -> None:
+def test_a_thread_reads_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and shapes are known before the data is there; the wait is for the data."""
+    path = tmp_path / "t.safetensors"
+    tensors = {"large": torch.randn(1 << 18), "small": torch.randn(3)}
+    save_file(tensors, path)
+    may_read = threading.Event()
+    readers = []
+    read = os.preadv
+
+    def held_up(*args: Any) -> int:
+        readers.append(threading.current_thread())
+        assert may_read.wait(60)
+        return read(*args)
+
+    monkeypatch.setattr(os, "preadv", held_up)
+    reading = SafetensorsReading(path)
+    assert {name: tensor.shape for name, tensor in reading.tensors.items()} == {"large": (1 << 18,), "small": (3,)}
+    may_read.set()
+    reading.wait()
+    assert_same(reading.tensors, tensors)
+    assert readers
+    assert threading.current_thread() not in readers
+    reading.wait()
+
+
+@pytest.mark.parametrize("count", [40_000, 1 << 19])
+def test_a_file_that_is_truncated_while_it_is_read(
+    tmp_path: Path, truncating: Callable[[Path, int], None], count: int
+) -> None:
     path = tmp_path / "adapter_model.safetensors"
-    save_file({"x": torch.randn(40_000)}, path)
+    save_file({"x": torch.randn(count)}, path)
     truncating(path, 8192)
     with pytest.raises(SafetensorError, match=r"adapter_model.*the file became shorter while it was read"):
         load_peft_weights(tmp_path)

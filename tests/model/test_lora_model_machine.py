@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import nn
 
 from pylora.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
-from pylora.checkpoint.load import load_peft_weights
+from pylora.checkpoint.read import load_peft_weights
 from pylora.checkpoint.save import write_weights
 from pylora.config import LoraConfig
 from pylora.layers.variants import DoraCaching

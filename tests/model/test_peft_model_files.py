@@ -14,6 +14,7 @@ from torch import nn
 
 import pylora
 from pylora import LoraConfig, PeftModel, UnsupportedFeatureError, get_peft_model, get_peft_model_state_dict
+from pylora.checkpoint import safetensors_file
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
@@ -460,15 +461,23 @@ class TestLoadAdapter:
             one.zero_()
         assert torch.equal(two, shared)
 
-    def test_a_file_that_is_truncated_under_a_load(self, saved, truncating):
+    @pytest.mark.parametrize("worth_a_thread", [0, 1 << 40])
+    def test_a_file_that_is_truncated_under_a_load(self, saved, truncating, monkeypatch, worth_a_thread):
+        """Also while a thread reads it and the layers have got the adapter."""
+        monkeypatch.setattr(safetensors_file, "_WORTH_A_THREAD", worth_a_thread)
         folder, _ = saved
-        model = make(seed=3)
-        before = state_of(model)
+        model, base = make(seed=3), Mlp()
+        before, base_before = state_of(model), copy.deepcopy(base.state_dict())
         truncating(folder / WEIGHTS, 200 + int.from_bytes((folder / WEIGHTS).read_bytes()[:8], "little"))
+        whole = (folder / WEIGHTS).read_bytes()
         with pytest.raises(SafetensorError, match="became shorter while it was read"):
             model.load_adapter(folder, "new")
         assert_unchanged(model, before)
         assert list(model.peft_config) == ["default"]
+        (folder / WEIGHTS).write_bytes(whole)
+        with pytest.raises(SafetensorError, match="became shorter while it was read"):
+            PeftModel.from_pretrained(base, folder)
+        assert_same_state(base.state_dict(), base_before)
 
     def test_in_inference_mode(self, saved, x):
         folder, expected = saved
