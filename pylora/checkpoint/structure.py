@@ -7,7 +7,7 @@ Classes are not asked for either: the same walk then serves pylora's layers, PEF
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -188,7 +188,7 @@ def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_keyed_by_adapter(child: Any) -> bool:
-    cls: Hashable = type(child)
+    cls: Any = type(child)
     return _is_container(cls)
 
 
