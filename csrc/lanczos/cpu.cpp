@@ -55,7 +55,11 @@ class Bidiagonalisation {
     // β_{j-1} u_{j-1}, where left holds α_{j-1} u_{j-1}.
     const bool goes_on = j > 0 && args_.diagonal[j - 1] > 0;
     const double alpha = std::sqrt(multiply(row, goes_on ? args_.above[j - 1] / args_.diagonal[j - 1] : 0));
-    const double once = orthogonalise(row + 1), twice = orthogonalise(row + 1);
+    // The large part, α² v_j, is taken out by itself. What is then left of V in z is rounding, and taking that out once is
+    // enough unless little remains.
+    const double before = take_out(row, row + 1), once = take_out(0, row + 1);
+    const bool is_again = once < kKeptShare * before;
+    const double twice = is_again ? take_out(0, row + 1) : once;
     const double beta = alpha > 0 ? twice / alpha : 0;
     if (!std::isfinite(alpha) || !std::isfinite(beta)) return false;
     double largest = alpha;
@@ -64,7 +68,7 @@ class Bidiagonalisation {
     // Below this a value is rounding, and so is what gets shorter when it is orthogonalised again ("twice is enough",
     // Parlett, The symmetric eigenvalue problem, 6.9): a vector made of it would not be orthogonal to the others.
     const double negligible = roundoff(args_.dtype) * largest;
-    const bool spanned = alpha <= negligible || beta <= negligible || twice < 0.5 * once;
+    const bool spanned = alpha <= negligible || beta <= negligible || (is_again && twice < 0.5 * once);
     args_.diagonal[j] = alpha <= negligible ? 0 : alpha;
     args_.above[j] = spanned ? 0 : beta;
     if (spanned) {
@@ -94,14 +98,14 @@ class Bidiagonalisation {
     return sum;
   }
 
-  /// Takes the first `rows` vectors of the basis out of z; returns |z|. What is left of a large part after one call is
+  /// Takes the vectors [first, last) of the basis out of z; returns |z|. What is left of a large part after one call is
   /// its rounding.
-  double orthogonalise(int64_t rows) {
-    parallel_for(context_, rows, grain(args_.columns), [&](int64_t begin, int64_t end) {
-      kernels_.project[f64_](begin, end, args_.basis, args_.columns, z_, dots_);
+  double take_out(int64_t first, int64_t last) {
+    parallel_for(context_, last - first, grain(args_.columns), [&](int64_t begin, int64_t end) {
+      kernels_.project[f64_](begin, end, vector(first), args_.columns, z_, dots_);
     });
-    parallel_for(context_, args_.columns, grain(rows), [&](int64_t begin, int64_t end) {
-      kernels_.subtract[f64_](begin, end, args_.basis, rows, args_.columns, dots_, z_);
+    parallel_for(context_, args_.columns, grain(last - first), [&](int64_t begin, int64_t end) {
+      kernels_.subtract[f64_](begin, end, vector(first), last - first, args_.columns, dots_, z_);
     });
     return std::sqrt(kernels_.squares[f64_](args_.columns, z_));
   }
@@ -116,8 +120,8 @@ class Bidiagonalisation {
         reinterpret_cast<float*>(z_)[i] = static_cast<float>(value);
       }
     }
-    orthogonalise(row);
-    const double norm = orthogonalise(row);
+    take_out(0, row);
+    const double norm = take_out(0, row);
     kernels_.scale[f64_](args_.columns, z_, norm > 0 ? 1 / norm : 0, vector(row));
   }
 

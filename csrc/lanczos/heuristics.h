@@ -28,6 +28,10 @@ constexpr int64_t gram_chunks(int64_t rows) {
   return rows > 0 ? (rows + gram_chunk_rows(rows) - 1) / gram_chunk_rows(rows) : 1;
 }
 
+/// A vector that keeps this share of its length when V is taken out of it is orthogonal to V but for rounding: less, and
+/// V is taken out again (Daniel, Gragg, Kaufman and Stewart, "Reorthogonalization and stable algorithms", 1976).
+constexpr double kKeptShare = 0.7;
+
 /// Values below this share of the largest are taken for zero.
 constexpr double roundoff(DType dtype) { return dtype == DType::f64 ? 0x1p-51 : 0x1p-22; }
 

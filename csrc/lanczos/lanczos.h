@@ -2,7 +2,8 @@
 //
 // Numerics. Products are summed in W's type, in vector lanes along a row and over rows in chunks whose bounds depend on
 // the shape alone, so that results have the same bits for any number of threads (not for any instruction set).
-// Squares of norms are summed in f64. V is orthogonalised twice against all that came before; U is not, and not kept.
+// Squares of norms are summed in f64. V is orthogonalised against all that came before, a second time where that
+// takes much away; U is not, and not kept.
 #pragma once
 
 #include "common/context.h"

@@ -124,8 +124,8 @@ Tensor gram_product_aten(const Tensor& matrix, const Tensor& x) { return at::mm(
 
 // ---- the same in ATen calls, for other devices ----
 
-double orthogonalise(const Tensor& basis, int64_t rows, Tensor& z) {
-  const Tensor used = basis.narrow(0, 0, rows);
+double take_out(const Tensor& basis, int64_t first, int64_t last, Tensor& z) {
+  const Tensor used = basis.narrow(0, first, last - first);
   z = at::addmv(z, used.t(), at::mv(used, z), 1, -1);
   return z.norm().item<double>();
 }
@@ -134,8 +134,8 @@ void restart(const Tensor& basis, int64_t row, int64_t seed) {
   const Tensor start = at::empty({basis.size(1)}, at::device(at::kCPU).dtype(at::kDouble));
   start_vector(static_cast<uint64_t>(seed), row, basis.size(1), start.mutable_data_ptr<double>());
   Tensor z = start.to(basis.options());
-  orthogonalise(basis, row, z);
-  const double norm = orthogonalise(basis, row, z);
+  take_out(basis, 0, row, z);
+  const double norm = take_out(basis, 0, row, z);
   basis.select(0, row).copy_(norm > 0 ? z.div(norm) : z);
 }
 
@@ -151,7 +151,9 @@ void bidiagonalise_aten(const Tensor& matrix, Tensor& basis, Tensor& left, Tenso
     left.copy_(product);
     const double alpha = left.norm().item<double>();
     Tensor z = at::mv(matrix.t(), left);
-    const double once = orthogonalise(basis, row + 1, z), twice = orthogonalise(basis, row + 1, z);
+    const double before = take_out(basis, row, row + 1, z), once = take_out(basis, 0, row + 1, z);
+    const bool is_again = once < kKeptShare * before;
+    const double twice = is_again ? take_out(basis, 0, row + 1, z) : once;
     const double beta = alpha > 0 ? twice / alpha : 0;
     if (!std::isfinite(alpha) || !std::isfinite(beta)) {
       std::fill(alphas + j, alphas + end, NAN);
@@ -160,7 +162,7 @@ void bidiagonalise_aten(const Tensor& matrix, Tensor& basis, Tensor& left, Tenso
     }
     const double largest = std::max(alpha, j > 0 ? *std::max_element(alphas, alphas + j) : 0.0);
     const double negligible = roundoff(binding::to_dtype(matrix.scalar_type())) * largest;
-    const bool spanned = alpha <= negligible || beta <= negligible || twice < 0.5 * once;
+    const bool spanned = alpha <= negligible || beta <= negligible || (is_again && twice < 0.5 * once);
     alphas[j] = alpha <= negligible ? 0 : alpha;
     betas[j] = spanned ? 0 : beta;
     if (spanned) {

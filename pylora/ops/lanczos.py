@@ -22,7 +22,7 @@ def bidiagonalise_(
 ) -> None:
     """Steps [begin, end) of W V = U B with orthonormal V [columns, steps] and an upper bidiagonal B. CPU only.
 
-    Each step reads W once. V is orthogonalised twice against all earlier vectors (Simon and Zha,
+    Each step reads W once. V is orthogonalised against all earlier vectors (Simon and Zha,
     https://doi.org/10.1137/S1064827597327309); where it spans an invariant space it goes on with a random vector, which
     comes from `seed` and not from torch's generator. A value that is not finite ends the iteration: `diagonal` and
     `above` are NaN from there on.
