@@ -61,4 +61,50 @@ constexpr int64_t workspace_bytes(const ChangeArgs& args) {
          align_up(w.count * matrix_panels(w)) + args.num_slots * slot_bytes(w);
 }
 
+// ---- on a GPU ----
+
+/// A chunk of a GPU's log.
+constexpr int64_t kTileRows = 32, kTileColumns = 128;
+static_assert(kTileRows * kTileColumns == kChunk, "headers count elements of a chunk");
+
+constexpr int64_t tiles_down(const Weight& w) { return (w.rows + kTileRows - 1) / kTileRows; }
+constexpr int64_t tiles_across(const Weight& w) { return (w.columns + kTileColumns - 1) / kTileColumns; }
+constexpr int64_t num_tiles(const Weight& w) { return w.count * tiles_down(w) * tiles_across(w); }
+
+/// Whether the kernels use tensor cores of themselves.
+constexpr bool merges_by_tensor_cores(DType dtype) { return dtype_bytes(dtype) == 2; }
+
+/// The first capacity of a GPU's log data: as on the CPU, and room for a chunk.
+constexpr int64_t first_log_capacity_cuda(const Weight& w) {
+  const int64_t bytes = w.count * matrix_elements(w) * dtype_bytes(w.dtype) / 16 + kChunk * dtype_bytes(w.dtype);
+  return (bytes + kPayloadUnit - 1) / kPayloadUnit * kPayloadUnit;
+}
+
+/// Packed factors have lines of whole tiles, so that the kernels need no tail of them.
+constexpr int64_t padded_rows(const Weight& w) { return (w.rows + 63) / 64 * 64; }
+constexpr int64_t padded_columns(const Weight& w) { return tiles_across(w) * kTileColumns; }
+
+/// A packed element: an accumulator, or two bf16.
+constexpr int64_t packed_element_bytes(const Weight& w, bool tensor_cores) {
+  return tensor_cores ? 4 : dtype_bytes(accumulator_dtype(w.dtype));
+}
+
+constexpr int64_t scale_bytes(const Weight& w) {
+  return align_up((w.transposed ? padded_columns(w) : padded_rows(w)) * dtype_bytes(accumulator_dtype(w.dtype)));
+}
+
+/// One change, packed: left [count, rank, rows] and right [count, rank, columns], then the products of row scales from
+/// each adapter on, and their inverse.
+constexpr int64_t packed_bytes_cuda(const Weight& w, const Change& change, bool tensor_cores) {
+  const int64_t lines = w.count * total_rank(change) * packed_element_bytes(w, tensor_cores);
+  return align_up(lines * padded_rows(w)) + align_up(lines * padded_columns(w)) +
+         (change.num_adapters + 1) * scale_bytes(w);
+}
+
+/// Both changes packed, and an int a tile: whether it has been taken out.
+constexpr int64_t workspace_bytes_cuda(const DeviceArgs& args) {
+  return packed_bytes_cuda(args.weight, args.take_out, args.tensor_cores) +
+         packed_bytes_cuda(args.weight, args.put_in, args.tensor_cores) + align_up(num_tiles(args.weight) * 4);
+}
+
 }  // namespace pylora::merge

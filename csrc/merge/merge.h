@@ -65,7 +65,7 @@ struct ChunkHeader {
   uint16_t entries;      // pairs of a sparse payload, ones of a bitmap
   uint16_t bytes;        // of the payload
 
-  bool is(ChunkKind k) const { return kind == static_cast<uint8_t>(k); }
+  constexpr bool is(ChunkKind k) const { return kind == static_cast<uint8_t>(k); }
   void set(ChunkKind k) { kind = static_cast<uint8_t>(k); }
 };
 static_assert(sizeof(ChunkHeader) == 16, "the log is written as bytes");
@@ -75,7 +75,10 @@ struct Log {
   uint8_t* data = nullptr;
   int64_t capacity = 0;
   int64_t used = 0;
-  bool fused = false;  // the arithmetic
+  bool fused = false;  // the arithmetic: multiply-adds that round once
+  /// Of a log made on a GPU (below): the architecture of the tensor cores that summed, as in sm_80; 0: the arithmetic of
+  /// fused multiply-adds, which is the CPU's too.
+  int architecture = 0;
 };
 
 struct ChangeArgs {
@@ -115,5 +118,53 @@ bool is_readable(const Weight& weight, const Log& log);
 
 /// Copies headers and payloads, in chunk order, into `to`: its chunks, and data with room for from.used.
 void copy_log(const Weight& weight, const Log& from, Log* to);
+
+// ---- on a GPU ----
+//
+// Pointers are to the GPU's memory, and so are those of Log and Adapter; the structs themselves are the host's.
+//
+// The log differs in one point from the CPU's: a chunk is a tile of kTileRows x kTileColumns of W (fewer at its edges),
+// its elements in row order, chunks in the order of tiles. A GPU's block has such a tile, and no rows of 4096 elements.
+// Payloads lie in the order in which blocks came, each from a multiple of kPayloadUnit on.
+//
+// Numerics. By FMA, D, W' and what taking out gives have the CPU's bits, of its fused arithmetic, for all dtypes. By
+// tensor cores (16-bit W), factors times scaling and row scale are split into two bf16 where one does not hold them, sums
+// are f32 in sixteens of ranks, and bits are those of an architecture's tensor cores: the log names it.
+
+/// Payloads begin at multiples of this; `used` counts in it.
+constexpr int64_t kPayloadUnit = 16;
+
+/// What launches leave in the GPU's memory; zeros before the first.
+struct DeviceAnswers {
+  int32_t used = 0;        // of the log's data, in units; more than there is if a chunk found no room
+  int32_t pending = 0;     // chunks that found no room
+  int32_t changed = 0;     // chunks whose W is not what it was when `read` was written
+  int32_t not_finite = 0;  // tiles with values that are not
+};
+
+struct DeviceArgs {
+  Weight weight;
+  Change take_out;             // may be empty
+  Change put_in;               // may be empty
+  const Log* read = nullptr;   // as in ChangeArgs
+  const Log* write = nullptr;  // as in ChangeArgs; `used` is in the answers
+  bool tensor_cores = false;   // the way to sum; 16-bit W alone
+  /// Serves taking out alone: whether W is what it was when `read` was written. If not, it is left as it is.
+  bool check = false;
+  DeviceAnswers* answers = nullptr;
+  void* workspace = nullptr;  // workspace_bytes_cuda(args), aligned to 64
+};
+
+/// Queues the change of W.
+Status change_cuda(const Context& context, const DeviceArgs& args);
+
+/// Queues the count of chunks of W that are not what they were when `read` was written: answers->changed.
+Status check_unchanged_cuda(const Context& context, const DeviceArgs& args);
+
+/// Queues the count of tiles in which `put_in` would write values that are not finite. Writes no W.
+Status is_finite_cuda(const Context& context, const DeviceArgs& args);
+
+/// The architecture that tensor cores of the current GPU are known by; 0: there is no GPU.
+int tensor_core_architecture();
 
 }  // namespace pylora::merge

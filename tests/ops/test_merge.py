@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pylora.ops import merge_, merge_is_finite, swap_, unmerge_
 from pylora.ops.reference import merge as reference
 from pylora.testing.isa import built_isas, cpu_isa, supported_isas
+from pylora.testing.merge import adapter, bits, changed_bits, check_values, copy, weight
 from pylora.testing.tolerances import assert_near
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 17), (40, 24), (33, 130), (3, 5000), (130, 333), (64, 4096), (700, 64)]
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @pytest.fixture(params=built_isas())
@@ -26,51 +26,6 @@ def isa(request):
         pytest.skip(f"this CPU has no {request.param}")
     with cpu_isa(request.param):
         yield request.param
-
-
-def bits(w: torch.Tensor) -> torch.Tensor:
-    return w.contiguous().view(WORDS[w.element_size()])
-
-
-def changed_bits(w: torch.Tensor, before: torch.Tensor) -> int:
-    return int((bits(w) != bits(before)).sum())
-
-
-def copy(w: torch.Tensor) -> torch.Tensor:
-    return w.clone(memory_format=torch.preserve_format)
-
-
-def weight(out, inp, dtype, stack=(), transposed=False, special=True, seed=0):
-    """Normal values and, with `special`, zeros of either sign, NaNs of several kinds, infinities, the extremes."""
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(*stack, out, inp, generator=generator, dtype=torch.float64).to(dtype)
-    if special:
-        flat, limits = w.view(-1), torch.finfo(dtype)
-        values = [-0.0, 0.0, float("nan"), -float("nan"), float("inf"), -float("inf"), limits.max, limits.min]
-        values += [limits.tiny, -limits.tiny, limits.tiny * limits.eps]
-        for i, value in enumerate(values[: flat.numel()]):
-            flat[i * max(flat.numel() // len(values), 1) % flat.numel()] = value
-        bits(w).view(-1)[-1] ^= 1
-    return w.mT.contiguous().mT if transposed else w
-
-
-def adapter(out, inp, rank, share=0.02, dtype=torch.float32, stack=(), seed=1):
-    """Factors whose product has about `share` of a normal weight's size; a row of the product is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(*stack, rank, inp, generator=generator, dtype=torch.float64)
-    b = torch.randn(*stack, out, rank, generator=generator, dtype=torch.float64) * share / rank**0.5
-    b[..., out // 2, :] = 0
-    return a.to(dtype), b.to(dtype)
-
-
-def check_values(w, before, a, b, scalings, row_scales=None):
-    finite = before.isfinite()
-    size = reference.merge(before.abs(), [x.abs() for x in a], [x.abs() for x in b], [abs(s) for s in scalings],
-                           row_scales and [s if s is None else s.abs() for s in row_scales])  # fmt: skip
-    fits = finite & (size < 0.9 * torch.finfo(w.dtype).max)
-    expected = reference.merge(before, a, b, scalings, row_scales)
-    rank = sum(x.shape[-2] for x in a)
-    assert_near(w[fits], expected[fits], rank, "w", size[fits], roundings=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
