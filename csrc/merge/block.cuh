@@ -23,7 +23,7 @@ struct Work {
   PackedFactors out, in;
   Log read, write;  // without chunks: none
   DeviceAnswers* answers = nullptr;
-  int32_t* done = nullptr;  // a block's tile: taken out
+  int32_t* done = nullptr;  // for each tile of a block, whether it has been taken out; null: not asked for
 };
 
 /// Neighbouring elements in shared memory.
@@ -60,18 +60,9 @@ class TileChange {
         codes_(cuda::shared_memory<int8_t>(kHeader + 2 * kTileBytes)) {}
 
   PYLORA_DEVICE void change(int64_t piece) {
-    if (!begin(piece)) return;
-    load();
-    __syncthreads();
-    if (work_.check && !is_unchanged()) return;
-    if (work_.mode == Mode::check_unchanged) return;
-    if (work_.takes_out) take_out();
-    if (work_.puts_in) put_in();
-    if (work_.mode == Mode::is_finite) return;
-#pragma unroll 1
-    for (int h = 0; h < kChunks; ++h)
-      if (is_active(h) && (!work_.write.chunks || write_log(h))) store(h);
-    if (work_.done && threadIdx.x == 0 && work_.mode == Mode::change) cuda::store_global(work_.done + piece, 1);
+    const bool is_done = begin(piece) && change_chunks();
+    if (work_.done && work_.mode == Mode::change && threadIdx.x == 0)
+      cuda::store_global(work_.done + piece, static_cast<int32_t>(is_done));
   }
 
  private:
@@ -90,6 +81,21 @@ class TileChange {
     __syncthreads();
     active_ = box_[kWarps];
     return active_ != 0;
+  }
+
+  /// false: the tile is not what the log was written for, and stays as it is.
+  PYLORA_DEVICE bool change_chunks() {
+    load();
+    __syncthreads();
+    if (work_.check && !is_unchanged()) return false;
+    if (work_.mode == Mode::check_unchanged) return true;
+    if (work_.takes_out) take_out();
+    if (work_.puts_in) put_in();
+    if (work_.mode == Mode::is_finite) return true;
+#pragma unroll 1
+    for (int h = 0; h < kChunks; ++h)
+      if (is_active(h) && (!work_.write.chunks || write_log(h))) store(h);
+    return true;
   }
 
   PYLORA_DEVICE int active_chunks(int64_t piece) const {

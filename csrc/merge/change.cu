@@ -85,20 +85,11 @@ Status pack(const Context& context, const DeviceArgs& args, Work* work) {
   return {};
 }
 
-__global__ void __launch_bounds__(kThreads) clear_kernel(int32_t* const flags, const int64_t count) {
-  for (int64_t i = cuda::first_item(); i < count; i += cuda::item_step())
-    cuda::store_global(flags + i, 0);
-}
-
 /// Takes out with a check on the way: tiles that were done are put in again, which gives the bits they had, if one turns
 /// out to be changed.
 Status change_checked(const Context& context, Work work, bool tensor_cores) {
-  const int64_t tiles = num_tiles(work.weight);
-  Status status = cuda::launch<clear_kernel>(dim3(cuda::grid_blocks(tiles, kThreads)), dim3(kThreads), 0,
-                                             context.stream, work.done, tiles);
-  if (!status.is_ok()) return status;
   work.check = true;
-  status = launch(context, work, tensor_cores);
+  Status status = launch(context, work, tensor_cores);
   if (!status.is_ok()) return status;
   work.mode = Mode::put_back;
   work.in = work.out;

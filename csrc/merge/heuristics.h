@@ -17,6 +17,11 @@ constexpr int64_t matrix_elements(const Weight& w) { return w.rows * w.columns; 
 constexpr int64_t matrix_chunks(const Weight& w) { return (matrix_elements(w) + kChunk - 1) / kChunk; }
 constexpr int64_t num_chunks(const Weight& w) { return w.count * matrix_chunks(w); }
 
+constexpr int64_t chunk_elements(const Weight& w, int64_t chunk) {
+  const int64_t left = matrix_elements(w) - chunk % matrix_chunks(w) * kChunk;
+  return left < kChunk ? left : kChunk;
+}
+
 constexpr int64_t panel_chunks(const Weight& w) {
   const int64_t wanted = (kPanelRows * w.columns + kChunk - 1) / kChunk;
   return wanted < kMinPanelChunks ? kMinPanelChunks : wanted > kMaxPanelChunks ? kMaxPanelChunks : wanted;
@@ -70,6 +75,12 @@ static_assert(kTileRows * kTileColumns == kChunk, "headers count elements of a c
 constexpr int64_t tiles_down(const Weight& w) { return (w.rows + kTileRows - 1) / kTileRows; }
 constexpr int64_t tiles_across(const Weight& w) { return (w.columns + kTileColumns - 1) / kTileColumns; }
 constexpr int64_t num_tiles(const Weight& w) { return w.count * tiles_down(w) * tiles_across(w); }
+
+constexpr int64_t tile_elements(const Weight& w, int64_t tile) {
+  const int64_t down = w.rows - tile / tiles_across(w) % tiles_down(w) * kTileRows;
+  const int64_t across = w.columns - tile % tiles_across(w) * kTileColumns;
+  return (down < kTileRows ? down : kTileRows) * (across < kTileColumns ? across : kTileColumns);
+}
 
 /// Whether the kernels use tensor cores of themselves.
 constexpr bool merges_by_tensor_cores(DType dtype) { return dtype_bytes(dtype) == 2; }

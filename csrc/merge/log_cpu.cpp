@@ -21,7 +21,7 @@ Status check_unchanged_cpu(const Context& context, const Weight& weight, const L
     ChunkBuffer buffer;
     for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
       const int64_t matrix = i / matrix_chunks(weight), first = i % matrix_chunks(weight) * kChunk;
-      const int64_t left = matrix_elements(weight) - first, count = left < kChunk ? left : kChunk;
+      const int64_t count = chunk_elements(weight, i);
       with_run(Elements(weight, matrix), first, count, buffer.bytes, false, [&](void* run) {
         if (codec.checksum(run, count * dtype_bytes(weight.dtype)) != log.chunks[i].checksum) same = false;
       });
@@ -33,9 +33,8 @@ Status check_unchanged_cpu(const Context& context, const Weight& weight, const L
 
 bool is_readable(const Weight& weight, const Log& log) {
   const int64_t size = dtype_bytes(weight.dtype);
-  for (int64_t i = 0; i < num_chunks(weight); ++i) {
-    const int64_t left = matrix_elements(weight) - i % matrix_chunks(weight) * kChunk;
-    const int64_t count = left < kChunk ? left : kChunk;
+  for (int64_t i = 0; i < (log.tiles ? num_tiles(weight) : num_chunks(weight)); ++i) {
+    const int64_t count = log.tiles ? tile_elements(weight, i) : chunk_elements(weight, i);
     const ChunkHeader& h = log.chunks[i];
     int64_t least = 0;
     if (h.is(ChunkKind::sparse))
@@ -47,6 +46,7 @@ bool is_readable(const Weight& weight, const Log& log) {
     else if (!h.is(ChunkKind::empty))
       return false;
     if (h.bytes < least || h.offset + h.bytes > static_cast<uint64_t>(log.capacity)) return false;
+    if (log.tiles && h.offset % kPayloadUnit != 0) return false;
   }
   return true;
 }

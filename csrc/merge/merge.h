@@ -76,7 +76,8 @@ struct Log {
   int64_t capacity = 0;
   int64_t used = 0;
   bool fused = false;  // the arithmetic: multiply-adds that round once
-  /// Of a log made on a GPU (below): the architecture of the tensor cores that summed, as in sm_80; 0: the arithmetic of
+  bool tiles = false;  // a GPU's log (below)
+  /// Of such a log: the architecture of the tensor cores that summed, as in sm_80; 0: the arithmetic of
   /// fused multiply-adds, which is the CPU's too.
   int architecture = 0;
 };

@@ -1,7 +1,7 @@
 """What a layer keeps of a merge so that it can be taken back: factors, and the undo log where the kernels made one.
 
-The kernels serve plain weights on the CPU. Others (on CUDA, of other types or layouts) are merged in torch, without a
-log, and unmerged by subtraction.
+The kernels serve plain weights on the CPU and on GPUs that the build has code for. Others (on other devices, of other
+types or layouts) are merged in torch, without a log, and unmerged by subtraction.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pylora.layers.merging import (
 )
 from pylora.layers.served import OP_DTYPES, are_plain
 from pylora.layers.walk import tuner_layers
-from pylora.ops import merge_, merge_is_finite, unmerge_
+from pylora.ops import kernels_serve, merge_, merge_is_finite, unmerge_
 
 _order = itertools.count()
 _for_good: ContextVar[bool] = ContextVar("pylora_merge_for_good", default=False)
@@ -52,7 +52,7 @@ class MergeRecord:
     Attributes:
         deltas: What it added, in order, with factors of its own.
         dtype: The weight's dtype then.
-        log: The undo log, uint8 on the CPU whatever device the weight moves to; None where there is none.
+        log: The undo log, uint8, on the device that merged, wherever the weight moves; None where there is none.
         bias: The bias before and after; None where it was not changed.
         order: Later merges have larger numbers.
     """
@@ -75,13 +75,13 @@ def merge_log_bytes(model: nn.Module) -> int:
         model: A model with adapters, or any part of one.
 
     Returns:
-        0 where nothing is merged, or where merges are undone by subtraction (weights that are not on the CPU).
+        0 where nothing is merged, or where merges are undone by subtraction (weights that the kernels do not serve).
     """
     return sum(record.log_bytes() for layer in tuner_layers(model) for record in getattr(layer, "_merge_records", ()))
 
 
 def _is_plain(tensor: Any) -> bool:
-    return are_plain(tensor) and tensor.is_cpu and tensor.dtype in OP_DTYPES
+    return are_plain(tensor) and tensor.dtype in OP_DTYPES and kernels_serve(tensor.device)
 
 
 def _has_rows(matrix: torch.Tensor) -> bool:
@@ -101,11 +101,14 @@ def _kernel_matrix(weight: BaseWeight) -> torch.Tensor | None:
     return matrix if matrix is not None and _is_plain(matrix) and _has_rows(matrix) else None
 
 
-def _kernel_args(deltas: list[Delta]) -> tuple[list[Any], list[Any], list[float], list[Any] | None] | None:
-    """The deltas as the op takes them, None where it cannot."""
+def _kernel_args(
+    deltas: list[Delta], device: torch.device
+) -> tuple[list[Any], list[Any], list[float], list[Any] | None] | None:
+    """The deltas as the op takes them for a weight on the device, None where it cannot."""
     tensors = [t for delta in deltas for t in (delta.a, delta.b)]
     scales = [None if delta.row_scale is None else delta.row_scale.factor for delta in deltas]
-    if not all(_is_plain(t) for t in (*tensors, *(scale for scale in scales if scale is not None))):
+    given = [*tensors, *(scale for scale in scales if scale is not None)]
+    if not all(_is_plain(t) and t.device == device for t in given):
         return None
     if any(delta.a.dtype != delta.b.dtype for delta in deltas):
         return None
@@ -128,7 +131,8 @@ def _check_finite_weight(
 @torch.no_grad()
 def check_merge_into_base(weight: BaseWeight, bias: torch.Tensor | None, deltas: list[Delta]) -> None:
     """Raise what `merge_into_base` with `safe_merge` would raise; nothing is written."""
-    matrix, args = _kernel_matrix(weight), _kernel_args(deltas)
+    matrix = _kernel_matrix(weight)
+    args = None if matrix is None else _kernel_args(deltas, matrix.device)
     if matrix is None or args is None:
         merged_values(weight, bias, deltas, safe_merge=True)
         return
@@ -145,7 +149,8 @@ def merge_into_base(
     Returns:
         What `unmerge_from_base` needs, None inside `for_good`.
     """
-    matrix, args = _kernel_matrix(weight), _kernel_args(deltas)
+    matrix = _kernel_matrix(weight)
+    args = None if matrix is None else _kernel_args(deltas, matrix.device)
     log = None
     keep = not _for_good.get()
     if matrix is None or args is None:
@@ -172,22 +177,22 @@ def _unmerge_matrix(matrix: torch.Tensor, record: MergeRecord) -> bool:
     """Take a merge out of W, [out, in], by its log; False, and nothing is changed, where that is impossible."""
     if record.log is None or record.dtype != matrix.dtype:
         return False
-    args = _kernel_args(record.deltas)
+    args = _kernel_args(record.deltas, record.log.device)
     if args is None:
         return False
-    on_cpu = matrix.cpu()  # after a move to another device: the log is of the values, wherever they are
-    if not (_is_plain(on_cpu) and _has_rows(on_cpu)):
+    there = matrix.to(record.log.device)  # the log is of the values, wherever they have moved since
+    if not (_is_plain(there) and _has_rows(there)):
         return False
     try:
-        unmerge_(on_cpu, *args, log=record.log)
+        unmerge_(there, *args, log=record.log)
     except ValueError as error:
         raise ValueError(
             "unmerge: base weight: expected the values that the merge left, got others: it was changed after the "
             "merge. Nothing has been changed now. `drop_merge_log()` of the layer makes `unmerge` subtract the "
             "adapters instead."
         ) from error
-    if on_cpu is not matrix:
-        matrix.copy_(on_cpu)
+    if there is not matrix:
+        matrix.copy_(there)
     return True
 
 

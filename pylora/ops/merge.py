@@ -35,9 +35,9 @@ def merge_(
         w = (w + scaling * b @ a) * row_scale[:, None]
 
     Args:
-        w: `[out_features, in_features]`, or a stack `[n, out_features, in_features]`, on the CPU; float32, bfloat16,
-            float16 or float64; a stride of 1 in one of the last two dimensions (a weight stored `[in, out]` comes as a
-            transposed view). Written.
+        w: `[out_features, in_features]`, or a stack `[n, out_features, in_features]`, on the CPU or a GPU; float32,
+            bfloat16, float16 or float64; a stride of 1 in one of the last two dimensions (a weight stored `[in, out]`
+            comes as a transposed view). Written.
         a: for each adapter `[rank, in_features]` (`[n, rank, in_features]`), rank at least 1; float32, bfloat16,
             float16 or float64, not necessarily w's dtype, any strides.
         b: for each adapter `[out_features, rank]` (`[n, out_features, rank]`), the dtype of its a.
@@ -46,10 +46,11 @@ def merge_(
         log: whether to make the undo log.
 
     Returns:
-        The undo log for `unmerge_`, uint8; empty without `log`.
+        The undo log for `unmerge_`, uint8, on w's device; empty without `log`.
 
     Numerics: the sums are f32 (f64 for float64 w) in a fixed order, so that the bits do not depend on threads; sets of
-    instructions with fused multiply-adds agree with one another in every bit.
+    instructions with fused multiply-adds agree with one another in every bit, and with a GPU for float32 and float64.
+    Of 16-bit w on a GPU, bits are those of its architecture's tensor cores.
 
     Raises:
         ValueError: a shape, device or stride does not fit; the message names the argument and both values.
@@ -77,15 +78,16 @@ def unmerge_(
 
     Args:
         w, a, b, scalings, row_scales: as in the `merge_` that is undone, with the same values.
-        log: what it returned: w gets the bits it had before, whatever they were, also with another instruction set or
-            number of threads. None: by subtraction, rounded once, so that bits may differ.
+        log: what it returned, on the device that w was on: w gets the bits it had before, whatever they were, also with
+            another instruction set or number of threads. None: by subtraction, rounded once, so that bits may differ.
 
     Raises:
         ValueError: as `merge_`; the log is not that of such a weight; or w has not the values that the merge left (each
             4,096 of them have a checksum in the log).
         TypeError: a dtype does not fit.
-        NotImplementedError: the log was made with fused multiply-adds, and this machine has none (or the other way);
-            w is as it was in all cases.
+        NotImplementedError: the log was made with fused multiply-adds, and this machine has none (or the other way); on
+            a GPU, and w is on the CPU (or the other way); or by tensor cores of another architecture. w is as it was
+            in all cases.
     """
     w, (a, b) = _plain(w, a, b)
     if torch.compiler.is_compiling():

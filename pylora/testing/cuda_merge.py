@@ -62,10 +62,21 @@ class MergeKernels:
         self.launches: list[dict[str, Any]] = []
         self.answers = Answers(0, 0, 0, 0)
 
-    def _call(self, name: str, w: Tensor, used: int = 0, **fields: Any) -> None:
-        for change in ("take_out", "put_in"):
-            fields[change] = [_adapter(each, w.dtype) for each in fields.get(change, ())]
-        fields |= {"weight": w, "tensor_cores": self.tensor_cores}
+    def _call(
+        self,
+        name: str,
+        w: Tensor,
+        take_out: Sequence[Adapter] = (),
+        put_in: Sequence[Adapter] = (),
+        read: DeviceLog | None = None,
+        write: DeviceLog | None = None,
+        used: int = 0,
+        check: bool = False,
+    ) -> None:
+        fields: dict[str, Any] = {"weight": w, "tensor_cores": self.tensor_cores, "check": check}
+        fields["take_out"] = [_adapter(each, w.dtype) for each in take_out]
+        fields["put_in"] = [_adapter(each, w.dtype) for each in put_in]
+        fields |= {name: log for name, log in (("read", read), ("write", write)) if log is not None}
         answers = torch.tensor([used, 0, 0, 0], dtype=torch.int32)
         workspace = planes(self._ops.workspace_bytes(**fields))
         try:
@@ -83,12 +94,12 @@ class MergeKernels:
         return DeviceLog(chunks, planes(max(capacity, 1)))
 
     def merge(self, w: Tensor, adapters: Sequence[Adapter], log: DeviceLog | None = None, used: int = 0) -> None:
-        self._call("change", w, used, put_in=adapters, **({} if log is None else {"write": log}))
+        self._call("change", w, put_in=adapters, write=log, used=used)
 
     def unmerge(
         self, w: Tensor, adapters: Sequence[Adapter], log: DeviceLog | None = None, check: bool = False
     ) -> None:
-        self._call("change", w, take_out=adapters, check=check, **({} if log is None else {"read": log}))
+        self._call("change", w, take_out=adapters, read=log, check=check)
 
     def swap(
         self,
@@ -98,8 +109,7 @@ class MergeKernels:
         new: Sequence[Adapter],
         log: DeviceLog | None,
     ) -> None:
-        logs = {"read": old_log, "write": log}
-        self._call("change", w, take_out=old, put_in=new, **{k: v for k, v in logs.items() if v is not None})
+        self._call("change", w, take_out=old, put_in=new, read=old_log, write=log)
 
     def is_unchanged(self, w: Tensor, log: DeviceLog) -> bool:
         self._call("check_unchanged", w, read=log)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pylora import LoraConfig
+from pylora import LoraConfig, merge_log_bytes
 from pylora._native import C
-from pylora.layers import Linear, fused
+from pylora.layers import Linear, fused, undo
+from pylora.layers.merging import Delta
 from pylora.layers.row_names import RowNames
 from pylora.ops import dense_forward, dense_mixed_forward, devices, kernels_serve
 
@@ -36,6 +37,21 @@ def test_a_gpu_is_served_where_there_is_code_for_it(make_layer, monkeypatch, ser
             monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type, on=autocast: device_type == on)
             assert fused._fits(layer, half, weight) is (served and autocast == "cuda")
     assert set(asked) == {1}
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_the_merge_op_serves_a_gpu_where_there_is_code_for_it(monkeypatch, served: bool) -> None:
+    monkeypatch.setattr(devices, "_has_code_for_gpu", lambda index: served)
+    monkeypatch.setattr(undo, "are_plain", lambda *tensors: True)  # fake tensors stand for those of a GPU
+    with FakeTensorMode():
+        on_gpu, elsewhere = torch.empty(4, 3, device="cuda:1"), torch.empty(4, 3, device="cuda:0")
+        a, b = torch.empty(2, 3, device="cuda:1"), torch.empty(4, 2, device="cuda:1")
+        delta = Delta("default", a, b, scaling=1.0)
+        assert undo._is_plain(on_gpu) is served
+        assert undo._is_plain(torch.empty(4, 3))
+        assert not undo._is_plain(torch.empty(4, 3, dtype=torch.int8, device="cuda:1"))
+        assert (undo._kernel_args([delta], on_gpu.device) is not None) is served
+        assert undo._kernel_args([delta], elsewhere.device) is None
 
 
 def test_other_devices_are_not_served() -> None:
@@ -135,6 +151,22 @@ def test_autocast_on_a_gpu(make_layer) -> None:
         y = layer(x)
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y.float(), layer(x), rtol=3e-2, atol=3e-2)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_layer_on_a_gpu_unmerges_bit_for_bit(make_layer, dtype) -> None:
+    """Also after the weight has moved: the log stays where it was made."""
+    layer = make_layer(adapters=2, dtype=dtype).cuda()
+    before = layer.base_layer.weight.detach().clone()
+    layer.merge()
+    assert merge_log_bytes(layer) > 0
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+    layer.merge()
+    layer.cpu()
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before.cpu())
 
 
 @on_gpu
