@@ -73,13 +73,67 @@ def lora(
     return (train if direction == "train" else forward)(inputs, dropout)
 
 
-def forward(inputs: LoraInputs, dropout: float) -> Work:
+# Shapes that no heuristic was fitted to.
+OTHER_ROWS = (1, 2, 7, 33, 64, 200)
+OTHER_RANKS = (1, 8, 24, 64, 256)
+OTHER_LAYERS = ((896, 896), (1536, 1536), (4864, 4864), (896, 4864), (4864, 896))
+# Where torch's 16-bit products do not take seconds.
+FEW_ROWS = OTHER_ROWS[:4]
+
+
+def other_shapes() -> list[Sweep]:
+    f32 = [
+        Sweep("rows", OTHER_ROWS, {"direction": direction, "width": width, "out": out, "rank": rank})
+        for direction in ("forward", "train")
+        for width, out in OTHER_LAYERS
+        for rank in OTHER_RANKS
+    ]
+    bf16 = [Sweep(sweep.over, FEW_ROWS, {**sweep.at, "dtype": "bfloat16"}) for sweep in f32 if sweep.at["width"] == 896]
+    return f32 + bf16
+
+
+def shape_limit(direction: str, width: int, out: int, rank: int, **other: Any) -> float:
+    """1.1 times the least share of the bare layer's work: a forward has the low-rank product once, a training step
+    three times beside two dense products.
+    """
+    products = 1.5 if direction == "train" else 1.0
+    return 1.1 * (1 + products * rank * (width + out) / (width * out))
+
+
+@benchmark(
+    base="torch's functional.linear on the frozen weight",
+    table=[
+        {"direction": direction, "rows": rows, "width": width, "out": out}
+        for direction in ("forward", "train")
+        for width, out in OTHER_LAYERS
+        for rows in (1, 33)
+    ],
+    sweeps=other_shapes(),
+    cost=lambda **point: cost(**point, dropout=0.0),
+    limit=shape_limit,
+)
+def lora_shapes(
+    direction: str = "forward", rows: int = 1, width: int = 896, out: int = 896, rank: int = 24, dtype: str = "float32"
+) -> Work:
+    """lora_linear at shapes of other models, against what the extra work may cost; 16-bit types beside pylora's f32."""
+    build = train if direction == "train" else forward
+
+    def work_of(dtype: torch.dtype) -> Work:
+        return build(lora_inputs(rows, width, out, rank, dtype, torch.float32, bias=False), 0.0, peft=False)
+
+    work = work_of(getattr(torch, dtype))
+    if dtype != "float32":
+        work.providers["f32"] = work_of(torch.float32).providers["pylora"]
+    return work
+
+
+def forward(inputs: LoraInputs, dropout: float, peft: bool = True) -> Work:
     x, weight, a, b, scaling = inputs.x, inputs.weight, inputs.a, inputs.b, inputs.scaling
     providers: dict[str, Callable[[], Any]] = {
         "base": inference(lambda: functional.linear(x, weight)),
         "pylora": inference(lambda: lora_linear(x, weight, None, a, b, scaling, dropout)),
     }
-    if (layer := peft_layer(inputs, dropout)) is not None:
+    if peft and (layer := peft_layer(inputs, dropout)) is not None:
         providers["peft"] = inference(lambda: layer(x))
 
     def check() -> None:
@@ -92,7 +146,7 @@ def forward(inputs: LoraInputs, dropout: float) -> Work:
     return Work(providers, check)
 
 
-def train(inputs: LoraInputs, dropout: float) -> Work:
+def train(inputs: LoraInputs, dropout: float, peft: bool = True) -> Work:
     x, a, b = (t.requires_grad_() for t in (inputs.x, inputs.a, inputs.b))
     weight, dy, scaling = inputs.weight, inputs.dy, inputs.scaling
 
@@ -103,7 +157,7 @@ def train(inputs: LoraInputs, dropout: float) -> Work:
         "base": step(lambda: functional.linear(x, weight)),
         "pylora": step(lambda: lora_linear(x, weight, None, a, b, scaling, dropout)),
     }
-    if (layer := peft_layer(inputs, dropout)) is not None:
+    if peft and (layer := peft_layer(inputs, dropout)) is not None:
         providers["peft"] = step(lambda: layer(x))
 
     def check() -> None:

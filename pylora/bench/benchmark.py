@@ -68,6 +68,7 @@ class Benchmark:
     unit: str
     group: str = ""
     needs: Callable[[], str] | None = None
+    limit: Callable[..., float] | None = None
 
     def __post_init__(self) -> None:
         for point in (*self.table, *(point for sweep in self.sweeps for point in sweep.points())):
@@ -126,6 +127,7 @@ def benchmark(
     cost: Callable[..., dict[str, Cost]] | None = None,
     unit: str = "ms",
     needs: Callable[[], str] | None = None,
+    limit: Callable[..., float] | None = None,
 ) -> Callable[[Callable[..., Work]], Benchmark]:
     """Make a benchmark of a function whose arguments are its axes, each with a default.
 
@@ -137,6 +139,7 @@ def benchmark(
         cost: the least work at a point: providers' names ("base", "pylora") to a `Cost`. Called with the axes.
         unit: "ms" for times; otherwise what the providers return, e.g. "MB".
         needs: says why the benchmark cannot run on this machine, or "". It is then skipped, with the reason printed.
+        limit: the ratio of pylora to the base that a point is meant to stay below. Called with the axes.
 
     Raises:
         TypeError: an argument of the function has no default.
@@ -149,7 +152,7 @@ def benchmark(
             if argument.default is inspect.Parameter.empty:
                 raise TypeError(f"benchmark: {title}: expected a default for each argument, got none for {axis}")
         summary = (inspect.getdoc(build) or "").split("\n\n")[0].replace("\n", " ")
-        return Benchmark(title, summary, build, base, tuple(table), tuple(sweeps), cost, unit, needs=needs)
+        return Benchmark(title, summary, build, base, tuple(table), tuple(sweeps), cost, unit, needs=needs, limit=limit)
 
     return decorate
 

@@ -88,4 +88,6 @@ def _common(item: Benchmark, point: Point, facts: dict[str, Any], limits: Limits
         record["cost"] = {name: {"flops": cost.flops, "bytes": cost.bytes} for name, cost in costs.items()}
         record["floor"] = {name: limits.milliseconds(cost) for name, cost in costs.items()}
         record["limits"] = limits.as_dict()
+    if item.limit is not None:
+        record["limit"] = item.limit(**point)
     return record | facts

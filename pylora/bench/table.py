@@ -38,6 +38,8 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
             f"[yellow]{len(noisy)} of {len(outcome.records)} cases have a spread (median / minimum) above {NOISY}: "
             "something else was running.[/yellow]"
         )
+    if above := [record["case"] for record in outcome.records if exceeds_limit(record)]:
+        console.print(f"[yellow]{len(above)} of {len(outcome.records)} cases are above their limit.[/yellow]")
 
 
 def _table(outcome: Outcome) -> Table:
@@ -54,6 +56,9 @@ def _table(outcome: Outcome) -> Table:
     floor = any("floor" in record for record in records)
     if floor:
         table.add_column("floor", justify="right")
+    limited = any("limit" in record for record in records)
+    if limited:
+        table.add_column("limit", justify="right")
     table.add_column("spread", justify="right")
     for record in records:
         row = [record["case"]]
@@ -61,6 +66,8 @@ def _table(outcome: Outcome) -> Table:
         row += [_ratio(ratio(record, name, divisor)) for name in divided]
         if floor:
             row.append(_ratio(floor_ratio(record)))
+        if limited:
+            row.append(_ratio(record.get("limit")) + (" <" if exceeds_limit(record) else ""))
         table.add_row(*map(escape, row), _ratio(_spread(record) or None))
     return table
 
@@ -70,6 +77,12 @@ def floor_ratio(record: Record) -> float | None:
     if "floor" not in record or "base" not in record["figures"]:
         return None
     return float(record["floor"]["pylora"] / record["figures"]["base"]["min"])
+
+
+def exceeds_limit(record: Record) -> bool:
+    """Whether pylora's time as a share of the base's is above what the benchmark wants it to be."""
+    share = ratio(record, "pylora", "base")
+    return "limit" in record and share is not None and share > record["limit"]
 
 
 def _spread(record: Record) -> float:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pylora.bench import Sweep, Work, benchmark, discovery, gpu, machine, records, runner, selection, session
 from pylora.bench.plots import draw
-from pylora.bench.table import print_outcome
+from pylora.bench.table import exceeds_limit, print_outcome
 from pylora.bench.timing import measure_in_turns, time_in_turns
 from pylora.ops.cost import Cost
 from pylora.ops.cost import lora as lora_cost
@@ -189,6 +189,20 @@ class TestRunning:
         assert path.name == "product.jsonl"
         assert [json.loads(line) for line in path.read_text().splitlines()] == [record, record]
         assert records.read([path]) == [record]
+
+    def test_a_limit_is_recorded_and_shown_where_it_is_exceeded(self):
+        limited = dataclasses.replace(product, limit=lambda rows, width: rows / width)
+        outcome = outcome_of(limited, [{"rows": 2, "width": 4}, {"rows": 8, "width": 4}])
+        for record in outcome.records:
+            record["figures"]["pylora"]["min"] = record["figures"]["base"]["min"]
+        assert [record["limit"] for record in outcome.records] == [0.5, 2.0]
+        assert [exceeds_limit(record) for record in outcome.records] == [True, False]
+        console = Console(record=True, width=200)
+        print_outcome(outcome, console)
+        text = console.export_text()
+        assert "0.50 <" in text
+        assert "2.00 <" not in text
+        assert "1 of 2 cases are above their limit" in text
 
     def test_broken_file_of_records(self, tmp_path: Path):
         path = tmp_path / "x.jsonl"
