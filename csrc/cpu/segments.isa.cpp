@@ -2,6 +2,7 @@
 // accumulators or fewer, and operands that are no accumulators yet pass through blocks that stay in cache. A token's
 // sums do not depend on the tile that it is in.
 #include "cpu/segments_kernels.h"
+#include "cpu/segments_token.h"
 #include "cpu/simd/dropout.h"
 #include "cpu/simd/stage.h"
 
@@ -26,6 +27,12 @@ FactorBlock<C> load_factor(ConstMatrix m, int64_t first_rank, int64_t ranks, int
   }
   stage_matrix<F>(m, first_rank, ranks, first_column, columns, buffer, stride);
   return {buffer, stride};
+}
+
+/// Whether a factor's rows are accumulators as they stand in memory.
+template <class C>
+bool is_direct(ConstMatrix factor, DType dtype) {
+  return factor.column_stride == 1 && dtype == (kSame<C, double> ? DType::f64 : DType::f32);
 }
 
 template <class C>
@@ -62,33 +69,6 @@ void stage_rows(const SegmentPlan& plan, ConstMatrix x, int64_t first, int64_t c
 
 constexpr int kShrinkTokens = 3, kShrinkRanks = 4;
 constexpr int64_t kShrinkBlockTokens = 32, kShrinkBlockRanks = 16;
-constexpr int64_t kShrinkChunk = 512;  // 16 ranks of it are 32 KB of f32
-
-template <class C, int M, int R>
-void shrink_tile(const C* const* x, const C* factor, int64_t factor_stride, int64_t count, C* const* v, int64_t rank) {
-  Vec<C> sum[M][R] = {};
-  int64_t i = 0;
-  for (; i + kLanes<C> <= count; i += kLanes<C>) {
-    Vec<C> row[M];
-    for (int m = 0; m < M; ++m)
-      row[m] = load(x[m] + i);
-    for (int r = 0; r < R; ++r) {
-      const Vec<C> f = load(factor + r * factor_stride + i);
-      for (int m = 0; m < M; ++m)
-        sum[m][r] += row[m] * f;
-    }
-  }
-  if (i < count) {
-    for (int m = 0; m < M; ++m) {
-      const Vec<C> row = load_partial(x[m] + i, count - i);
-      for (int r = 0; r < R; ++r)
-        sum[m][r] += row * load_partial(factor + r * factor_stride + i, count - i);
-    }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r)
-      v[m][rank + r] += horizontal_sum<C>(sum[m][r]);
-}
 
 template <class C>
 using ShrinkTile = void (*)(const C* const*, const C*, int64_t, int64_t, C* const*, int64_t);
@@ -129,6 +109,16 @@ void shrink(int64_t begin, int64_t end, const SegmentPlan& plan, ConstMatrix x, 
   alignas(64) C factor_buffer[kShrinkBlockRanks * kShrinkChunk];
   const C* rows[kShrinkBlockTokens];
   C* v[kShrinkBlockTokens];
+  if (end - begin == 1 && width <= kShrinkBlockTokens * kShrinkChunk && is_direct<C>(factor, factor_dtype)) {
+    const C* row = nullptr;
+    for (int64_t k = 0; k < width; k += kShrinkChunk) {
+      stage_rows<T, kShrinkChunk>(plan, x, begin, 1, k, min_of(kShrinkChunk, width - k), dropout, buffer + k, rows);
+      if (k == 0) row = rows[0];
+    }
+    shrink_token<C>(row, row_of<C>(factor, 0), factor.row_stride, width, rank, static_cast<C>(scaling),
+                    static_cast<C*>(v_out) + plan.token(begin) * v_stride);
+    return;
+  }
   for (int64_t p = begin; p < end; p += kShrinkBlockTokens) {
     const int64_t tokens = min_of(kShrinkBlockTokens, end - p);
     for (int64_t m = 0; m < tokens; ++m) {
@@ -166,7 +156,9 @@ void expand_tile(const Accumulator<T>* const* v, int64_t ranks, Accumulator<T> s
                  int64_t column, const Accumulator<T>* multiplier, T* const* y, int64_t partial) {
   using C = Accumulator<T>;
   Vec<C> sum[M][kVectors] = {};
-  for (int64_t r = 0; r < ranks; ++r) {
+  RankOrder order(ranks);
+  for (int64_t i = 0; i < ranks; ++i) {
+    const int64_t r = order.next();
     Vec<C> factor[kVectors];
     for (int n = 0; n < kVectors; ++n) {
       const C* p = f.data + r * f.stride + column + n * kLanes<C>;
@@ -180,16 +172,17 @@ void expand_tile(const Accumulator<T>* const* v, int64_t ranks, Accumulator<T> s
   }
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < kVectors; ++n) {
-      // The product with the sum comes last: GCC fuses it with the addition to y only where no branch is between them,
-      // and every tile has to round alike.
       Vec<C> share = splat(scaling);
       if (multiplier) share *= load(multiplier + m * kExpandMaxColumns + column + n * kLanes<C>);
-      const Vec<C> delta = share * sum[m][n];
       T* p = y[m] + column + n * kLanes<C>;
+      const Vec<C> before = kPartial ? load_partial(p, partial) : load(p);
+      // Last of all: GCC fuses product and addition only where no branch is between them, and every tile has to round
+      // alike, that of segments_token.h too.
+      const Vec<C> after = before + share * sum[m][n];
       if (kPartial) {
-        store_partial(p, load_partial(p, partial) + delta, partial);
+        store_partial(p, after, partial);
       } else {
-        store(p, load(p) + delta);
+        store(p, after);
       }
     }
   }
@@ -272,9 +265,16 @@ void expand(int64_t begin, int64_t end, const SegmentPlan& plan, const void* v, 
             DType factor_dtype, int64_t rank, double scaling, const Dropout& dropout, MutableMatrix y, int64_t width) {
   using C = Accumulator<T>;
   const LoadFactor<C> load_block = kLoadFactor<C>[static_cast<int>(factor_dtype)];
+  const bool is_alone = end - begin == 1 && !dropout.active() && is_direct<C>(factor, factor_dtype);
   for (int64_t p = begin; p < end; p += kExpandBlockTokens) {
     const int64_t tokens = min_of(kExpandBlockTokens, end - p);
     for (int64_t r = 0; r < rank; r += kExpandMaxRanks) {
+      if (is_alone) {
+        const int64_t token = plan.token(p);
+        expand_token<T>(static_cast<const C*>(v) + token * v_stride + r, min_of(kExpandMaxRanks, rank - r),
+                        static_cast<C>(scaling), row_of<C>(factor, r), factor.row_stride, row_of<T>(y, token), width);
+        continue;
+      }
       expand_tokens<T>(p, tokens, plan, static_cast<const C*>(v), v_stride, factor, load_block, r,
                        min_of(kExpandMaxRanks, rank - r), scaling, dropout, y, width);
     }

@@ -111,6 +111,22 @@ def test_both_layouts_of_b(isa, op, dtype):
     assert torch.equal(grad, grads[3].transpose(1, 2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 2, 3, 9, 16])
+def test_a_tokens_bits_are_the_same_alone_and_beside_others(isa, dtype, rank):
+    """One with a segment to itself has kernels of its own. 1100 columns of x are over a block, so are 2100 of y."""
+    pool_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for width, out_features in ((8, 45), (1100, 16), (21, 2100)):
+        inputs = pool_inputs(7, width, out_features, [rank], dtype, pool_dtype)
+        slots = torch.zeros(7, dtype=torch.int32)
+        pools = (inputs.a_pool, inputs.b_pool, inputs.ranks, inputs.scalings)
+        together, alone = inputs.y.clone(), inputs.y.clone()
+        bgmv_(together, inputs.x, *pools, slots)
+        for t in range(7):
+            bgmv_(alone[t : t + 1], inputs.x[t : t + 1], *pools, slots[:1])
+        assert torch.equal(together, alone)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_slices_share_an_input(isa, op):
     """q, k and v in one call have the bits of three calls."""
