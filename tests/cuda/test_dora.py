@@ -175,6 +175,26 @@ def test_scale_backward(device, dtype, magnitude_dtype):
 
 
 @pytest.mark.emulator
+def test_bytes_of_scale():
+    tokens, out = 200, 2048
+    z, dy = torch.randn(tokens, out).bfloat16(), torch.randn(tokens, out).bfloat16()
+    magnitude, norms = torch.rand(out).bfloat16(), torch.rand(out, dtype=torch.float64) + 0.5
+    common = {"num_tokens": tokens, "out_features": out, "dtype": z.dtype, "magnitude_dtype": magnitude.dtype}
+    common |= {"magnitude": magnitude, "norms": norms}
+    with emulated(SCHEDULES[0], multiprocessors=108) as device:
+        device.dora.scale(**common, z=z, y=torch.empty_like(z))
+        memory = workspace(device.dora.scale_workspace_bytes(**common), device.dora.scale_counter_bytes(**common))
+        gradients = {"dz": torch.empty_like(z), "dmagnitude": torch.empty(out)}
+        device.dora.scale_backward(**common, dy=dy, z=z, workspace=memory, **gradients)
+        launches = device.take_launches()
+    shape = (tokens, out, "bfloat16")
+    for launch, cost_of in zip(launches, [cost.dora_scale, cost.dora_scale_backward], strict=True):
+        least = cost_of(*shape).bytes
+        assert least <= 32 * (launch["load_sectors"] + launch["store_sectors"]) <= 1.25 * least
+        assert launch["load_bytes"] + launch["store_bytes"] <= 2 * least
+
+
+@pytest.mark.emulator
 @pytest.mark.parametrize("rank", [8, 16, 64])
 def test_bytes_of_norms(rank):
     """W passes once; A is asked for again for each 64 rows, which an L2 cache holds."""

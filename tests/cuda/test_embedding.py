@@ -1,11 +1,13 @@
 """multi_lora's CUDA launchers for embeddings (csrc/multi_lora/lookup.cuh), emulated, held to the definition in f64."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from pylora.ops.cost import cuda as cost
 from pylora.ops.plan import BatchPlan
 from pylora.ops.reference.multi_lora import multi_lora_embedding
 from pylora.testing.cuda_segments import accumulator, planes
@@ -36,12 +38,12 @@ def adapters(ranks: list[int], width: int, dtype: torch.dtype) -> tuple[list[Ten
     return [torch.randn(r, COLUMNS).to(dtype) for r in ranks], [torch.randn(width, r).to(dtype) for r in ranks]
 
 
-def run(device, y: Tensor, dy: Tensor, tokens: Tensor, slots: Tensor, a, b, scalings):
-    """y, and the gradients of a, then of b. tokens: [rows, length]."""
+def fields_of(y: Tensor, tokens: Tensor, slots: Tensor, a, b, scalings) -> dict[str, Any]:
+    """tokens: [rows, length]."""
     plan = BatchPlan.from_slots(slots)
-    fields = {
+    return {
         "num_tokens": tokens.numel(),
-        "in_features": COLUMNS,
+        "in_features": a[0].shape[1],
         "out_features": y.shape[1],
         "v_stride": max(len(factor) for factor in a),
         "dtype": y.dtype,
@@ -54,13 +56,30 @@ def run(device, y: Tensor, dy: Tensor, tokens: Tensor, slots: Tensor, a, b, scal
         "indptr": plan.segment_indptr,
         "plan_slots": plan.segment_slots,
         "on_device": True,
+        "columns": tokens,
+        "frozen_column": PADDING,
     }
-    num_bytes = device.multi_lora.embedding_workspace_bytes(**fields)
-    y, da, db = y.clone(), [torch.zeros_like(t) for t in a], [torch.full_like(t, torch.nan) for t in b]
-    more = {"columns": tokens, "frozen_column": PADDING}
-    device.multi_lora.embedding_forward(**fields, **more, y=y, workspace=planes(num_bytes))
-    device.multi_lora.embedding_backward(**fields, **more, dy=dy, da=da, db=db, workspace=planes(num_bytes))
-    return y, [*da, *db]
+
+
+def workspace_for(device, fields: dict[str, Any]) -> Tensor:
+    of_tokens = ("columns", "frozen_column")
+    shape = {name: value for name, value in fields.items() if name not in of_tokens}
+    return planes(device.multi_lora.embedding_workspace_bytes(**shape))
+
+
+def forward(device, y: Tensor, tokens: Tensor, slots: Tensor, a, b, scalings) -> Tensor:
+    fields, y = fields_of(y, tokens, slots, a, b, scalings), y.clone()
+    device.multi_lora.embedding_forward(**fields, y=y, workspace=workspace_for(device, fields))
+    return y
+
+
+def run(device, y: Tensor, dy: Tensor, tokens: Tensor, slots: Tensor, a, b, scalings):
+    """y, and the gradients of a, then of b."""
+    fields = fields_of(y, tokens, slots, a, b, scalings)
+    da, db = [torch.zeros_like(t) for t in a], [torch.full_like(t, torch.nan) for t in b]
+    memory = workspace_for(device, fields)
+    device.multi_lora.embedding_backward(**fields, dy=dy, da=da, db=db, workspace=memory)
+    return forward(device, y, tokens, slots, a, b, scalings), [*da, *db]
 
 
 def definition(y: Tensor, dy: Tensor, tokens: Tensor, slots: Tensor, a, b, scalings, absolute: bool = False):
@@ -106,6 +125,24 @@ def test_grid(device, dtype, factor_dtype):
             assert_near(grad, expected, terms, "gradient of a factor", magnitude, sums_in=sums_in)
         for grad in grads[: len(a)]:
             assert not grad[:, PADDING].any()
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize(("rank", "requested"), [(8, 2.0), (16, 2.0), (64, 2.1)])
+def test_bytes(rank, requested):
+    """A is kept [rank, vocabulary]: an element of a column has a sector of its own, little beside y. At rank 64 the
+    expansion asks L2 for v at each 128 columns and for B at each 64 rows."""
+    rows, length, width = 4, 64, 2048
+    a, b = torch.randn(rank, 4000).bfloat16(), torch.randn(width, rank).bfloat16()
+    y, tokens = torch.randn(rows * length, width).bfloat16(), torch.randperm(4000)[: rows * length].view(rows, length)
+    with emulated(SCHEDULES[0], multiprocessors=108) as device:
+        forward(device, y, tokens, torch.zeros(rows, dtype=torch.int32), [a], [b], [0.5])
+        launches = device.take_launches()
+    least = cost.embedding([cost.Segment(rows * length, rank)], width, "bfloat16").bytes
+    moved = 32 * sum(launch["load_sectors"] + launch["store_sectors"] for launch in launches)
+    assert least <= moved <= 1.5 * least, moved / least
+    asked = sum(launch["load_bytes"] + launch["store_bytes"] for launch in launches)
+    assert asked <= requested * least, asked / least
 
 
 def test_same_bits_in_any_order():

@@ -11,6 +11,9 @@ def test_by_hand():
     assert cuda.shrink(ONE, 4096, "bfloat16") == Cost(2 * 64 * 16 * 4096, 2 * 64 * 4096 + 2 * 16 * 4096 + 4 * 64 * 16)
     assert cuda.expand(ONE, 4096, "bfloat16").bytes == 4 * 64 * 4096 + 2 * 16 * 4096 + 4 * 64 * 16
     assert cuda.decode(ONE, 4096, 1024, "bfloat16").bytes == 2 * 64 * (4096 + 2048) + 2 * 16 * 5120
+    assert cuda.dora_scale(3, 8, "bfloat16") == Cost(24, 2 * 2 * 24 + 10 * 8)
+    assert cuda.dora_scale_backward(3, 8, "float32") == Cost(72, 3 * 4 * 24 + 16 * 8)
+    assert cuda.embedding(ONE, 4096, "bfloat16") == cuda.expand(ONE, 4096, "bfloat16") + Cost(0, 2 * 64 * 16 + 8 * 64)
     wide = cuda.backward(ONE, 8, 24, "float64", "float32")
     assert wide == Cost(4 * 64 * 16 * 32, 8 * 64 * (24 + 24) + 4 * 2 * 16 * 32 + 8 * 64 * 16)
 

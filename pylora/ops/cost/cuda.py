@@ -89,7 +89,33 @@ def dora_norms(out_features: int, in_features: int, rank: int, dtype: str, facto
     return Cost(2 * elements * (rank + 2), BYTES[dtype] * elements + factors + 8 * out_features)
 
 
-LAUNCHES = {"shrink": 1, "expand": 1, "decode": 1, "backward": 4, "dora_norms": 1}
+def dora_scale(tokens: int, out_features: int, dtype: str) -> Cost:
+    """y = factor z: reads z, norms and magnitude, writes y."""
+    elements = tokens * out_features
+    return Cost(elements, 2 * BYTES[dtype] * elements + (8 + BYTES[dtype]) * out_features)
+
+
+def dora_scale_backward(tokens: int, out_features: int, dtype: str) -> Cost:
+    """dz = factor dy, dmagnitude = sum of dy z / norm: reads dy, z, norms and magnitude, writes both."""
+    elements = tokens * out_features
+    return Cost(3 * elements, 3 * BYTES[dtype] * elements + (8 + BYTES[dtype] + 4) * out_features)
+
+
+def embedding(segments: Sequence[Segment], out_features: int, dtype: str, factor_dtype: str | None = None) -> Cost:
+    """y += scaling A[:, token]ᵀ B: a column of A for each row, then as `expand`."""
+    looked_up = BYTES[factor_dtype or dtype] * _v_elements(segments) + 8 * _rows(segments)
+    return expand(segments, out_features, dtype, factor_dtype) + Cost(0, looked_up)
+
+
+LAUNCHES = {
+    "shrink": 1,
+    "expand": 1,
+    "decode": 1,
+    "backward": 4,
+    "dora_norms": 1,
+    "dora_scale": 1,
+    "dora_scale_backward": 1,
+}
 """Kernels that each of them is made of: backward has shrink for G, expand for dX, and one sum each for dA and dB."""
 
 
