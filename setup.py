@@ -4,7 +4,6 @@ Environment:
     PYLORA_CUDA        1: compile the CUDA kernels whatever torch is installed; 0: leave them out;
                        unset: compile them where torch has CUDA and nvcc is found.
     PYLORA_CUDA_ARCHS  architectures, "80;90" unless set. PTX of the last one is added for newer GPUs.
-    PYLORA_OLD_TORCH   1: build with a torch that is older than any that is tested.
     CUDA_HOME, CXX     where the CUDA toolkit is; the C++ compiler.
     MAX_JOBS           parallel compilations, one a core unless set.
 
@@ -36,7 +35,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION: str = runpy.run_path(str(ROOT / "pylora" / "_version.py"))["__version__"]
 SOURCE_HASH: str = runpy.run_path(str(ROOT / "pylora" / "_source_hash.py"))["source_hash"](ROOT)
 INSTALL_COMMAND = "pip install --no-build-isolation ."
-OLDEST_TORCH = (2, 13)  # that is tested; also in pyproject.toml. c10::Stream::native_handle is there from 2.11 on
+OLDEST_TORCH = (2, 11)  # that has been tried; also in pyproject.toml
 
 
 def fail(message: str) -> NoReturn:
@@ -123,12 +122,7 @@ def check_machine() -> str:
         )
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
-        if os.environ.get("PYLORA_OLD_TORCH") != "1":
-            fail(
-                f"torch {torch.__version__} is too old. Run `pip install 'torch>={oldest}'`, then `{INSTALL_COMMAND}`; "
-                "or try it as it is, untested, with PYLORA_OLD_TORCH=1."
-            )
-        note(f"torch {torch.__version__} is older than {oldest}, the oldest that pylora is tested with.")
+        fail(f"torch {torch.__version__} is too old. Run `pip install 'torch>={oldest}'`, then `{INSTALL_COMMAND}`.")
     if not sys.platform.startswith("linux"):
         fail(f"pylora builds on Linux; this is {sys.platform!r}.")
     compiler = os.environ.get("CXX", "c++")

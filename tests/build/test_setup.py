@@ -62,11 +62,8 @@ def test_missing_torch(tree, tmp_path):
 
 def test_old_torch(tree):
     source = (tree / "setup.py").read_text()
-    (tree / "setup.py").write_text(source.replace("OLDEST_TORCH = (2, 13)", "OLDEST_TORCH = (1000, 0)"))
-    expect_failure(build(tree), "is too old", "torch>=1000.0", "PYLORA_OLD_TORCH=1")
-    tried = build(tree, PYLORA_OLD_TORCH="1", CXX="no-such-compiler")  # goes on to what is checked next
-    expect_failure(tried, "no-such-compiler")
-    assert "older than 1000.0" in tried.stderr
+    (tree / "setup.py").write_text(source.replace("OLDEST_TORCH = (2, 11)", "OLDEST_TORCH = (1000, 0)"))
+    expect_failure(build(tree), "is too old", "torch>=1000.0")
 
 
 def test_missing_compiler(tree):
