@@ -45,12 +45,19 @@ KERNELS = {
     "decode": (["csrc/cuda/decode.cu", "csrc/cuda/decode_tiles.cuh"], "tests/cuda/test_bgmv.py"),
     "outer": (["csrc/cuda/outer.cu", "csrc/cuda/outer_tiles.cuh"], "tests/cuda/test_outer.py"),
     "dropout": (["csrc/lora/dropout.cu"], "tests/cuda/test_dropout.py"),
+    "merge": (
+        [
+            f"csrc/merge/{name}"
+            for name in ("change.cu", "block.cuh", "sums.cuh", "codec.cuh", "rounding.cuh", "pack.cu")
+        ],
+        "tests/cuda/test_merge.py",
+    ),
 }
 """Sources of each kernel, and its tests."""
 
 RULES = [
     ("barrier deleted", r"__syncthreads\(\);", ";"),
-    ("wait deleted", r"cp_async_wait<[^>]*>\(\);", ";"),
+    ("wait deleted", r"(?:cuda::)?cp_async_wait<[^>]*>\(\);", ";"),
     ("wait of one group too few", r"cp_async_wait<(kStages - 2)>\(\);", r"cp_async_wait<\1 + 1>();"),
     ("arrival unordered", r"while \(load_acquire\(.*\) < \w+\)", "while (false)"),
     ("tail guard dropped", r"(?<=\? )left - column(?= : 0)", "8"),
@@ -76,7 +83,38 @@ RULES = [
     ("other random bits", r"\bv % 2 \* 16\b", "(1 - v % 2) * 16"),
     ("other random bits", r"\bstatic_cast<uint32_t>\(row\)", "0u"),
     ("index shifted", r"\+ counter % kLanes;", "+ (counter + 1) % kLanes;"),
-    ("part of the work lost", r"item \+= cuda::item_step\(\)", "item += 2 * cuda::item_step()"),
+    ("part of the work lost", r"\b(item|i) \+= cuda::item_step\(\)", r"\1 += 2 * cuda::item_step()"),
+    ("tail guard dropped", r"\bwork_\.aligned && valid >= kOnce\b", "work_.aligned"),
+    ("tail guard dropped", r"\bk < valid \? 16 : 0\b", "16"),
+    ("tail guard dropped", r"if \(k < valid\) (?=add_rank)", ""),
+    ("tail guard dropped", r"if \(byte < shape_\.bitmap_bytes\(\)\) ", ""),
+    ("tail guard dropped", r"\bp < shape\.count \? ", "true ? "),
+    ("tail guard dropped", r"if \(position >= shape_\.count\) return full;", ";"),
+    ("tail guard dropped", r"if \(from \+ i < end\) ", ""),
+    ("tail guard dropped", r"mask && entry < entries", "mask"),
+    (
+        "index shifted",
+        r"low = lane / 8 % 2 \* 8, high = lane / 16 \* 8",
+        "high = lane / 8 % 2 * 8, low = lane / 16 * 8",
+    ),
+    ("index shifted", r"\bprevious : |lane_id\(\) >= step\b", lambda match: "0 : " if ":" in match[0] else "true"),
+    ("index shifted", r"\(1 << 20\) / columns \+ 1", "(1 << 20) / columns"),
+    ("index shifted", r"\bpiece / across % down\b", "piece % down"),
+    ("index shifted", r"\b(first|row|last|entry|full_entry)_? \* (kSize|line|share)\b", r"\1 * (\2 + 1)"),
+    ("rounding", r"0x7fff \+ \(bits >> 16 & 1\)", "0x8000"),
+    ("rounding", r"\bone_nan\((add_rn|multiply_add_rn)", r"(\1"),
+    ("rounding", r"\brest == rest \? rest : 0\.0f", "rest"),
+    ("rounding", r"\bmultiply_rn\(value, static_cast<C>\(args\.scaling\)\)", "value * (C)2"),
+    ("log", r"<= 126\b", "<= 127"),
+    ("log", r">= -126\b", ">= -127"),
+    ("log", r"\(gap - 1\) / 255", "gap / 255"),
+    ("log", r"\bposition \* 0x9e3779b9u", "0u"),
+    ("log", r"\bones == 0\b", "ones == -1"),
+    ("log", r"fulls \* kSize", "fulls"),
+    ("log", r"\+ units\) \* kPayloadUnit <=", ") * kPayloadUnit <="),
+    ("log", r"\bwork\.mode = Mode::put_back;", ";"),
+    ("log", r"if \(work_\.check && !is_unchanged\(\)\) return false;", ";"),
+    ("part of the work lost", r"if \((has_low_left|has_low_right)\) (?=multiply|\{)", "if (false) "),
 ]
 """(what is broken, what is looked for in a line, what stands there instead)."""
 

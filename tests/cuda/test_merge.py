@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from pylora.ops import merge_, unmerge_
+from pylora.ops.cost import Cost
+from pylora.ops.cost import cuda as cost
 from pylora.testing.cuda_merge import (
     BITMAP,
     DENSE,
@@ -34,6 +36,13 @@ SPLIT_ERROR = 2.0**-15
 @pytest.fixture
 def device(schedule):
     with emulated(schedule) as module:
+        yield module
+
+
+@pytest.fixture
+def one_order():
+    """For what does not depend on how threads take turns."""
+    with emulated(SCHEDULES[0]) as module:
         yield module
 
 
@@ -140,9 +149,28 @@ def test_strides_and_stacks(device, dtype, tensor_cores):
 @pytest.mark.parametrize(("dtype", "tensor_cores"), WAYS)
 def test_blocks_take_one_tile_after_another(schedule, dtype, tensor_cores):
     """One multiprocessor: the next tile, and its log, follow in the same shared memory."""
-    a, b = adapter(330, 260, 70, 0.3)
     with emulated(schedule, multiprocessors=1) as module:
-        there_and_back(MergeKernels(module, tensor_cores), weight(330, 260, dtype), [Adapter(a, b, 0.5)])
+        adapters = [Adapter(*adapter(330, 260, 70, 0.3), 0.5)]
+        there_and_back(MergeKernels(module, tensor_cores), weight(330, 260, dtype), adapters)
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_more_factors_than_a_grid_packs_at_once(tensor_cores):
+    w, (a, b), scale = weight(2100, 3, torch.float16), adapter(2100, 3, 2, 0.3), torch.linspace(0.5, 2.0, 2100)
+    before = copy(w)
+    with emulated(SCHEDULES[0], multiprocessors=1) as module:
+        merged = there_and_back(MergeKernels(module, tensor_cores), w, [Adapter(a, b, 0.5, scale)])
+    check_values(merged, before, [a], [b], [0.5], [scale], factor_error=SPLIT_ERROR if tensor_cores else 0.0)
+
+
+def test_sums_that_vanish(one_order, fused):
+    """A product too small for f32 leaves a zero with its sign, and so does W."""
+    w, a, b = torch.full((33, 40), -0.0), torch.full((1, 40), 1e-30), torch.full((33, 1), -1e-30)
+    on_cpu = w.clone()
+    MergeKernels(one_order).merge(w, [Adapter(a, b)])
+    merge_(on_cpu, [a], [b], [1.0], log=False)
+    assert changed_bits(w, on_cpu) == 0
+    assert bool(w.signbit().all())
 
 
 def decoded(log: DeviceLog, chunk: int, tile: torch.Tensor) -> torch.Tensor:
@@ -179,9 +207,9 @@ def decoded(log: DeviceLog, chunk: int, tile: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tensor_cores"), WAYS)
-def test_the_log_is_what_its_format_says(device, dtype, tensor_cores):
+def test_the_log_is_what_its_format_says(one_order, dtype, tensor_cores):
     """Payloads of every kind, held to an account of the format that shares nothing with the kernels."""
-    kernels, kinds = MergeKernels(device, tensor_cores), set()
+    kernels, kinds = MergeKernels(one_order, tensor_cores), set()
     for share, sparse_rows, nans in [(0.02, 40, False), (1.0, 1, False), (1e30, 1, True), (0.0, 1, False)]:
         w = weight(40, 200, dtype, special=nans)
         a, b = adapter(40, 200, 3, min(share, 1e4 if dtype == torch.float16 else share))
@@ -284,9 +312,9 @@ def test_swap_is_unmerge_and_merge(device, dtype, tensor_cores, logged):
 
 
 @pytest.mark.parametrize(("dtype", "tensor_cores"), WAYS)
-def test_is_finite(device, dtype, tensor_cores):
+def test_is_finite(one_order, dtype, tensor_cores):
     """One element that is not, in W or by its sum; elements beyond W's edges do not count."""
-    kernels = MergeKernels(device, tensor_cores)
+    kernels = MergeKernels(one_order, tensor_cores)
     w, largest = weight(40, 140, dtype, special=False), torch.finfo(dtype).max
     before = copy(w)
     assert kernels.is_finite(w, [Adapter(*adapter(40, 140, 3, 0.1))])
@@ -306,8 +334,8 @@ def test_is_finite(device, dtype, tensor_cores):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing(device, dtype):
-    kernels = MergeKernels(device, dtype.itemsize == 2)
+def test_nothing(one_order, dtype):
+    kernels = MergeKernels(one_order, dtype.itemsize == 2)
     for shape in [(0, 8), (8, 0), (0, 4, 8)]:
         w = torch.zeros(shape, dtype=dtype)
         a, b = torch.ones(*shape[:-2], 2, shape[-1]), torch.ones(*shape[:-1], 2)
@@ -318,23 +346,23 @@ def test_nothing(device, dtype):
         assert kernels.answers == (0, 0, 0, 0)
 
 
-def test_bad_arguments(device):
+def test_bad_arguments(one_order):
     w, (a, b) = weight(8, 8, torch.float32), adapter(8, 8, 2)
     for message, call in [
         ("rank: expected at least 1", lambda k: k.merge(w, [Adapter(a[:0], b[:, :0])])),
         ("adapters: expected at least one", lambda k: k.merge(w, [])),
         ("check: expected a log", lambda k: k.unmerge(w, [Adapter(a, b)], None, check=True)),
-        ("tensor_cores: expected 16-bit w", lambda _: MergeKernels(device, True).merge(w, [Adapter(a, b)])),
+        ("tensor_cores: expected 16-bit w", lambda _: MergeKernels(one_order, True).merge(w, [Adapter(a, b)])),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            call(MergeKernels(device))
+            call(MergeKernels(one_order))
     assert changed_bits(w, weight(8, 8, torch.float32)) == 0
 
 
 @pytest.mark.parametrize(("dtype", "tensor_cores"), WAYS)
-def test_a_damaged_log_is_read_within_its_memory(device, dtype, tensor_cores):
+def test_a_damaged_log_is_read_within_its_memory(one_order, dtype, tensor_cores):
     """Sizes are compared before a launch; payloads may be anything, and the emulator traps what leaves them."""
-    kernels = MergeKernels(device, tensor_cores)
+    kernels = MergeKernels(one_order, tensor_cores)
     w = weight(32, 130, dtype, special=False)
     a, b = adapter(32, 130, 3, 0.01)
     generator = torch.Generator().manual_seed(3)
@@ -365,3 +393,44 @@ def test_the_same_bits_in_every_order(dtype, tensor_cores):
     for w, headers, payloads in results[1:]:
         assert torch.equal(w, results[0][0])
         assert (headers, payloads) == results[0][1:]
+
+
+COSTS = [
+    # dtype, factors', rank, requested over the least, products of mma a product of factors
+    (torch.bfloat16, torch.bfloat16, 8, 1.25, 1),
+    (torch.bfloat16, torch.bfloat16, 64, 2.0, 1),
+    (torch.bfloat16, torch.float32, 16, 1.5, 3),
+    (torch.float16, torch.float16, 16, 1.5, 3),
+    (torch.float32, torch.float32, 16, 1.5, 0),
+    (torch.float32, torch.float32, 64, 2.5, 0),
+]
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize(("dtype", "factor_dtype", "rank", "requested", "terms"), COSTS)
+def test_bytes(dtype, factor_dtype, rank, requested, terms):
+    """W passes once, and little besides; tensor cores multiply what the factors ask for."""
+    out, inp = 512, 2048
+    w, (a, b) = weight(out, inp, dtype, special=False), adapter(out, inp, rank, 0.02, factor_dtype)
+    adapters, names = [Adapter(a, b, 0.5)], (str(dtype)[6:], str(factor_dtype)[6:])
+    with emulated(SCHEDULES[0], multiprocessors=108) as module:
+        kernels = MergeKernels(module, dtype.itemsize == 2)
+        log = kernels.new_log(w)
+        kernels.merge(w, adapters, log)
+        assert kernels.answers.pending == 0
+        merging, kernels.launches = kernels.launches, []
+        kernels.unmerge(w, adapters, log, check=True)
+    least = cost.merge(out, inp, rank, *names, payload_bytes=log.payload_bytes())
+    assert 0 < log.payload_bytes() < w.nbytes // 16  # the room that a log begins with is enough
+    for launches, count in [(merging, cost.LAUNCHES["merge"]), (kernels.launches, cost.LAUNCHES["unmerge"])]:
+        assert len(launches) == count
+        hold(launches, least, requested)
+        assert sum(launch["mma"] for launch in launches) == out // 16 * (inp // 8) * -(-rank // 16) * terms
+
+
+def hold(launches: list[dict], least: Cost, requested: float) -> None:
+    """Distinct sectors, and bytes asked for."""
+    moved = 32 * sum(launch["load_sectors"] + launch["store_sectors"] for launch in launches)
+    asked = sum(launch["load_bytes"] + launch["store_bytes"] for launch in launches)
+    assert least.bytes <= moved <= 1.25 * least.bytes, moved / least.bytes
+    assert asked <= requested * least.bytes, asked / least.bytes

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pylora.ops.cost import BYTES, Cost
+from pylora.ops.cost.merge import merge as cost_of_merge
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,20 @@ def embedding(segments: Sequence[Segment], out_features: int, dtype: str, factor
     return expand(segments, out_features, dtype, factor_dtype) + Cost(0, looked_up)
 
 
+def merge(
+    out_features: int,
+    in_features: int,
+    rank: int,
+    dtype: str,
+    factor_dtype: str | None = None,
+    payload_bytes: int = 0,
+) -> Cost:
+    """W += scaling B A, or back: W and the factors as on the CPU, the log's payloads and a header for each tile."""
+    without = cost_of_merge(in_features, out_features, rank, dtype, factor_dtype or dtype)
+    tiles = -(-out_features // 32) * -(-in_features // 128)
+    return without + Cost(0, payload_bytes + 16 * tiles if payload_bytes else 0)
+
+
 LAUNCHES = {
     "shrink": 1,
     "expand": 1,
@@ -115,8 +130,11 @@ LAUNCHES = {
     "dora_norms": 1,
     "dora_scale": 1,
     "dora_scale_backward": 1,
+    "merge": 2,
+    "unmerge": 3,
 }
-"""Kernels that each of them is made of: backward has shrink for G, expand for dX, and one sum each for dA and dB."""
+"""Kernels that each of them is made of: backward has shrink for G, expand for dX, and one sum each for dA and dB; merge
+packs the factors first, unmerge also has one that leaves at once unless W was changed."""
 
 
 def floor_seconds(cost: Cost, gpu: Gpu, dtype: str) -> float:
