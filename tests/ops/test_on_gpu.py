@@ -4,11 +4,22 @@ import pytest
 import torch
 
 from pylora.bench import gpu
-from pylora.ops import bgmv_, lora_add, lora_dropout, lora_linear, sgmv_
+from pylora.ops import (
+    bgmv_,
+    lora_add,
+    lora_dropout,
+    lora_linear,
+    merge_,
+    merge_is_finite,
+    sgmv_,
+    swap_,
+    unmerge_,
+)
 from pylora.ops.reference import lora as reference
 from pylora.ops.reference.sgmv import bgmv as bgmv_reference
 from pylora.testing.factories import LoraInputs, lora_inputs
 from pylora.testing.lora import RNG
+from pylora.testing.merge import adapter, bits, changed_bits, check_values, copy, weight
 from pylora.testing.pools import pool_inputs
 from pylora.testing.tolerances import assert_near
 
@@ -115,3 +126,78 @@ def test_mixed_devices_are_named():
     pools = pool_inputs(9, 64, 40, [4])
     with pytest.raises(ValueError, match=r"bgmv_: \w+: expected .*, got"):
         bgmv_(pools.y, pools.x.cuda(), pools.a_pool, pools.b_pool, pools.ranks, pools.scalings, pools.token_slots)
+
+
+MERGED = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", MERGED)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("share", [0.02, 30.0])
+def test_merge_and_back(dtype, transposed, share):
+    """A large share asks for more room than a log begins with. f32 and f64 have the CPU's bits."""
+    w = weight(300, 1000, dtype, transposed=transposed).cuda()
+    before, (a, b) = copy(w), adapter(300, 1000, 16, share)
+    factors = [a.cuda()], [b.cuda()], [0.75]
+    log = merge_(w, *factors)
+    assert log.device == w.device
+    on_cpu = copy(before.cpu())
+    merge_(on_cpu, [a], [b], [0.75], log=False)
+    if dtype in (torch.float32, torch.float64):
+        assert changed_bits(w.cpu(), on_cpu) == 0
+    else:
+        check_values(w.cpu(), before.cpu(), [a], [b], [0.75], factor_error=2.0**-15)
+    unmerge_(w, *factors, log=log)
+    assert changed_bits(w, before) == 0
+
+
+@pytest.mark.parametrize("dtype", MERGED)
+@pytest.mark.parametrize("logged", [True, False])
+def test_swap(dtype, logged):
+    w = weight(130, 333, dtype).cuda()
+    old, new = (adapter(130, 333, rank, 0.3, seed=rank) for rank in (4, 20))
+    old_factors, factors = (([a.cuda()], [b.cuda()], [0.5]) for a, b in (old, new))
+    old_log = merge_(w, *old_factors)
+    expected = copy(w)
+    unmerge_(expected, *old_factors, log=old_log if logged else None)
+    back = copy(expected)
+    merge_(expected, *factors)
+    log = swap_(w, *old_factors, None, old_log if logged else None, *factors)
+    assert changed_bits(w, expected) == 0
+    unmerge_(w, *factors, log=log)
+    assert changed_bits(w, back) == 0
+
+
+def test_a_log_is_undone_where_it_was_made():
+    w, (a, b) = weight(70, 200, torch.float32), adapter(70, 200, 4)
+    on_gpu, factors = w.cuda(), ([a.cuda()], [b.cuda()], [1.0])
+    cpu_log, log = merge_(w, [a], [b], [1.0]), merge_(on_gpu, *factors)
+    merged, merged_on_gpu = w.clone(), on_gpu.clone()
+    with pytest.raises(ValueError, match="log: expected a contiguous vector on cuda:0, got"):
+        unmerge_(on_gpu, *factors, log=cpu_log)
+    with pytest.raises(
+        NotImplementedError, match="log: expected the log of a merge on a GPU, got that of one on the CPU"
+    ):
+        unmerge_(on_gpu, *factors, log=cpu_log.cuda())
+    with pytest.raises(
+        NotImplementedError, match="log: expected the log of a merge on the CPU, got that of one on a GPU"
+    ):
+        unmerge_(w, [a], [b], [1.0], log=log.cpu())
+    assert changed_bits(w, merged) == changed_bits(on_gpu, merged_on_gpu) == 0
+
+
+@pytest.mark.parametrize("dtype", MERGED)
+def test_a_changed_weight_is_not_unmerged(dtype):
+    w, (a, b) = weight(300, 700, dtype, special=False).cuda(), adapter(300, 700, 4)
+    factors = [a.cuda()], [b.cuda()], [1.0]
+    log = merge_(w, *factors)
+    bits(w)[299, 699] ^= 1
+    edited = w.clone()
+    with pytest.raises(ValueError, match="changed after the merge"):
+        unmerge_(w, *factors, log=log)
+    with pytest.raises(ValueError, match="changed after the merge"):
+        swap_(w, *factors, None, log, *factors)
+    assert changed_bits(w, edited) == 0
+    assert merge_is_finite(w, *factors)
+    w[0, 0] = torch.inf
+    assert not merge_is_finite(w, *factors)
