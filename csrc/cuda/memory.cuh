@@ -98,12 +98,13 @@ PYLORA_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32
 
 /// Starts a copy of `valid_bytes` bytes (0 to Bytes) from global to shared memory and fills the rest of Bytes with
 /// zeros. Both addresses are multiples of Bytes, and the global one is a valid address even where valid_bytes is 0.
-/// The data is there for this thread after cp_async_wait, for others after a barrier that follows.
-template <int Bytes>
+/// The data is there for this thread after cp_async_wait, for others after a barrier that follows. Own: this block will
+/// write where the data comes from, once it is there; else no thread of the launch does.
+template <int Bytes, bool Own = false>
 PYLORA_DEVICE void cp_async(void* shared, const void* global, int valid_bytes = Bytes PYLORA_AND_SITE) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
 #if defined(PYLORA_EMULATE)
-  emu::cp_async(shared, global, Bytes, valid_bytes, site);
+  emu::cp_async(shared, global, Bytes, valid_bytes, Own ? emu::LoadKind::own : emu::LoadKind::readonly, site);
 #else
   if constexpr (Bytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),

@@ -100,13 +100,13 @@ struct Copy {
 };
 
 /// Checks, counts and queues.
-void begin_copy(const Copy& copy, Site site);
+void begin_copy(const Copy& copy, LoadKind kind, Site site);
 /// Takes a copy that waiting for all but `pending` groups completes from the thread's queue; false if there is none.
 bool take_copy(int pending, Copy* copy);
 void cp_async_commit();
 
-inline void cp_async(void* to, const void* from, int bytes, int valid_bytes, Site site) {
-  begin_copy({to, from, bytes, valid_bytes, 0}, site);
+inline void cp_async(void* to, const void* from, int bytes, int valid_bytes, LoadKind kind, Site site) {
+  begin_copy({to, from, bytes, valid_bytes, 0}, kind, site);
   using Word = AliasOf<4>::type;
   for (int i = 0; i < bytes / 4; ++i)
     static_cast<Word*>(to)[i] = 0xffffffffu;

@@ -254,7 +254,7 @@ void check_atomic(const void* p, size_t bytes, Site site) {
   touch(stored, address, bytes);
 }
 
-void begin_copy(const Copy& copy, Site site) {
+void begin_copy(const Copy& copy, LoadKind kind, Site site) {
   Thread& thread = running_thread();
   const auto from = reinterpret_cast<uintptr_t>(copy.from), to = reinterpret_cast<uintptr_t>(copy.to);
   const auto bytes = static_cast<size_t>(copy.bytes), valid_bytes = static_cast<size_t>(copy.valid_bytes);
@@ -271,7 +271,7 @@ void begin_copy(const Copy& copy, Site site) {
   if (thread.num_copies == kMostCopies) trap(site, "more than %d cp.async copies of a thread under way", kMostCopies);
   check_address(from, valid_bytes, false, "cp_async", site);
   if (valid_bytes != 0) {
-    note_read(from, valid_bytes, LoadKind::readonly, site);
+    note_read(from, valid_bytes, kind, site);
     touch(loaded, from, valid_bytes);
   }
   current_launch->record.load_bytes += copy.valid_bytes;

@@ -86,7 +86,6 @@ class TileChange {
   /// false: the tile is not what the log was written for, and stays as it is.
   PYLORA_DEVICE bool change_chunks() {
     load();
-    __syncthreads();
     if (work_.check && !is_unchanged()) return false;
     if (work_.mode == Mode::check_unchanged) return true;
     if (work_.takes_out) take_out();
@@ -124,25 +123,24 @@ class TileChange {
     return static_cast<Bits*>(w.data) + matrix_ * w.matrix_stride + (row_ + row) * w.row_stride + column_;
   }
 
-  /// The tile, zeros beyond W's edges.
+  /// Starts to bring the tile, zeros beyond W's edges: it is there with the first factors.
   PYLORA_DEVICE void load() {
-    using Group = Run<Bits, kOnce>;
     constexpr int kGroups = kWidth / kOnce;
-#pragma unroll 4
     for (int i = threadIdx.x; i < kRows * kGroups; i += kThreads) {
       const int row = i / kGroups, column = i % kGroups * kOnce;
       const int valid = row < rows_ ? columns_ - column : 0;
       const Bits* const from = row_in_memory(row) + column;
-      Group group{};
-      if (work_.aligned && valid >= kOnce) {
-        group = cuda::load_global<Group>(from);
+      Bits* const to = tile_ + row * kLine + column;
+      if (work_.aligned) {
+        const int bytes = valid <= 0 ? 0 : valid >= kOnce ? 16 : valid * kSize;
+        cuda::cp_async<16, true>(to, bytes > 0 ? from : work_.weight.data, bytes);
       } else {
 #pragma unroll
         for (int e = 0; e < kOnce; ++e)
-          if (e < valid) group.element[e] = cuda::load_global<Bits>(from + e);
+          to[e] = e < valid ? cuda::load_global<Bits>(from + e) : Bits{0};
       }
-      *reinterpret_cast<Group*>(tile_ + row * kLine + column) = group;
     }
+    cuda::cp_async_commit();
   }
 
   /// A chunk into W.
@@ -168,6 +166,8 @@ class TileChange {
 
   /// Counts the chunks that are not what the log was written for; false if there is one.
   PYLORA_DEVICE bool is_unchanged() {
+    cuda::cp_async_wait<0>();
+    __syncthreads();
     bool unchanged = true;
     for (int h = 0; h < kChunks; ++h) {
       if (!is_active(h)) continue;
