@@ -38,3 +38,9 @@ def test_f32_is_bound_by_arithmetic():
     cost = cuda.shrink([cuda.Segment(4096, 64)], 4096, "float32")
     gpu = cuda.GPUS["A100"]
     assert cuda.floor_seconds(cost, gpu, "float32") == cost.flops / gpu.fma > cost.bytes / gpu.bandwidth
+
+
+def test_merge_is_the_cpus_and_its_log():
+    plain = cuda.merge(64, 200, 8, "bfloat16", "float32")
+    assert plain == Cost(2 * 8 * 64 * 200, 2 * 2 * 64 * 200 + 4 * 8 * 264)
+    assert cuda.merge(64, 200, 8, "bfloat16", "float32", payload_bytes=100) == plain + Cost(0, 100 + 16 * 2 * 2)
