@@ -77,6 +77,10 @@ class Engine:
         )
         self._adapters = [LoRARequest(f"a{i}", i + 1, str(folder / str(i))) for i in range(NUM_ADAPTERS)]
 
+    def close(self) -> None:
+        """End the engine's processes, for which this one would wait at its end."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def run(self, adapters: Sequence[int | None], prompt: int = 16, new: int = 32) -> tuple[float, list[Any]]:
         """Seconds, and the answers. Request i uses the i-th adapter."""
         from vllm import SamplingParams
@@ -135,7 +139,11 @@ def main() -> None:
         model = write_model(folder / "model")
         for i in range(NUM_ADAPTERS):
             write_adapter(folder / str(i), model, i)
-        print(json.dumps(measure(Engine(folder), arguments.turns, arguments.prefill_turns)))
+        engine = Engine(folder)
+        try:
+            print(json.dumps(measure(engine, arguments.turns, arguments.prefill_turns)))
+        finally:
+            engine.close()
 
 
 if __name__ == "__main__":

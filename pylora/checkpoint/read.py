@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pylora.checkpoint.safetensors_file import ReadingMemory
+
 
 def load_peft_weights(
     model_id: StrPath,
@@ -58,20 +60,25 @@ def start_loading(
     model_id: StrPath,
     device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    memory: ReadingMemory | None = None,
     **hf_hub_download_kwargs: Any,
 ) -> ArrivingWeights:
-    """`load_peft_weights`, which returns when it knows the tensors' names and shapes: their data may still be read."""
+    """`load_peft_weights`, which returns when it knows the tensors' names and shapes: their data may still be read.
+
+    Args:
+        memory: where a .safetensors file is read to. Its tensors last until the next one is.
+    """
     path = find_weights(model_id, **hf_hub_download_kwargs)
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    weights = read(path, "cpu" if device is None else device)
+    to = "cpu" if device is None else device
+    weights = _read_safetensors(path, to, memory) if path.suffix == ".safetensors" else _read_pickle(path, to)
     return weights._replace(tensors=rename_keys(weights.tensors, key_mapping))
 
 
-def _read_safetensors(path: Path, device: str | torch.device) -> ArrivingWeights:
+def _read_safetensors(path: Path, device: str | torch.device, memory: ReadingMemory | None) -> ArrivingWeights:
     from pylora.checkpoint.safetensors_file import SafetensorsReading
 
     with _broken_as_safetensors_says(path):
-        reading = SafetensorsReading(path)
+        reading = SafetensorsReading(path, memory)
 
     def wait() -> None:
         with _broken_as_safetensors_says(path):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from pylora.checkpoint import load_peft_weights
 from pylora.checkpoint.keys import MODEL_PREFIX
+from pylora.checkpoint.read import start_loading
 from pylora.config import PeftConfig, pattern_value, require_supported, scaling_for
 from pylora.config.support import as_trained, belongs_to_changed_base
 from pylora.errors import UnsupportedFeatureError
@@ -20,6 +20,8 @@ from pylora.serving.spec import LayerShape
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pylora.checkpoint.safetensors_file import ReadingMemory
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -61,7 +63,10 @@ class LayerFactors(NamedTuple):
 
 
 def read_adapter(
-    folder: str | os.PathLike[str], layers: Mapping[str, LayerShape], max_rank: int
+    folder: str | os.PathLike[str],
+    layers: Mapping[str, LayerShape],
+    max_rank: int,
+    memory: ReadingMemory | None = None,
 ) -> dict[str, LayerFactors]:
     """Read and check an adapter.
 
@@ -69,6 +74,7 @@ def read_adapter(
         folder: a local folder with an adapter in PEFT's format.
         layers: the layers it may have factors for.
         max_rank: the largest rank it may have.
+        memory: where to read it to. The factors last until the next adapter is read there.
 
     Returns:
         the factors by layer, of the layers that it adapts.
@@ -84,15 +90,24 @@ def read_adapter(
     try:
         config = PeftConfig.from_pretrained(folder)
         require_servable(config)
-        tensors = load_peft_weights(folder)
+        weights = start_loading(folder, memory=memory)
     except UnsupportedFeatureError:
         raise
     except _READ_ERRORS as error:
-        raise AdapterFileError(f"{os.fspath(folder)!r}: cannot read the adapter: {error}") from error
+        raise _unreadable(folder, error) from error
     try:
-        return _factors(config, tensors, layers, max_rank)
+        return _factors(config, weights.tensors, layers, max_rank)  # names and shapes, while the data comes
     except AdapterMismatchError as error:
         raise AdapterMismatchError(f"{os.fspath(folder)!r}: {error}") from None
+    finally:
+        try:
+            weights.wait()
+        except _READ_ERRORS as error:
+            raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> AdapterFileError:
+    return AdapterFileError(f"{os.fspath(folder)!r}: cannot read the adapter: {error}")
 
 
 def require_servable(config: Any) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pylora.checkpoint.safetensors_file import ReadingMemory
 from pylora.serving.adapter_file import read_adapter
 from pylora.serving.errors import NoFreeSlotError, UnknownAdapterError
 from pylora.serving.metrics import PoolStats
@@ -87,6 +88,7 @@ class AdapterPool:
         self._bytes = [0] * num_slots
         self._counts = PoolStats(num_slots=num_slots, capacity_bytes=num_slots * self._slot_bytes)
         self._worker: ThreadPoolExecutor | None = None
+        self._memories: list[ReadingMemory] = []  # for files to read; as many as were read at once
 
     # Names and files
 
@@ -261,15 +263,21 @@ class AdapterPool:
         """Read an adapter into a claimed slot, without the lock. The slot is free again where that fails."""
         start = time.perf_counter()
         try:
-            written = self._stacks.write(slot, read_adapter(source.path, self.spec.layers, self.max_rank))
+            memory = self._take_memory()
+            written = self._stacks.write(slot, read_adapter(source.path, self.spec.layers, self.max_rank, memory))
         except BaseException:
             with self._changed:
                 self._counts.failed_loads += 1
                 self._abandon(slot)
             raise
         with self._changed:
+            self._memories.append(memory)
             self._bytes[slot] = written
             self._counts.load_times.add(time.perf_counter() - start)
+
+    def _take_memory(self) -> ReadingMemory:
+        with self._changed:
+            return self._memories.pop() if self._memories else ReadingMemory()
 
     def pin(self, name: str) -> None:
         """Load an adapter if need be, and keep it in its slot until `unpin`. Raises: as `load` without a path."""

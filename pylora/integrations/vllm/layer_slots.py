@@ -27,7 +27,10 @@ class LayerSlots:
     """
 
     def __init__(self, a_stacked: Sequence[Tensor], b_stacked: Sequence[Tensor]) -> None:
+        self._given = (a_stacked, b_stacked)
         self._stacked = (*a_stacked, *b_stacked)
+        # Inference tensors count no writes, and a compiled graph serves what is written later.
+        self._counts_ranks = not torch.compiler.is_compiling() and not self._stacked[0].is_inference()
         if not torch.compiler.is_compiling():
             for each in a_stacked:
                 _move(each, each.shape)
@@ -48,6 +51,9 @@ class LayerSlots:
 
     def is_of(self, a_stacked: Sequence[Tensor], b_stacked: Sequence[Tensor]) -> bool:
         """Whether this is made of these tensors."""
+        a, b = self._given
+        if a is a_stacked and b is b_stacked and type(a) is type(b) is tuple:  # as vLLM's layers keep them
+            return True
         given = (*a_stacked, *b_stacked)
         return len(given) == len(self._stacked) and all(map(_is, given, self._stacked))
 
@@ -67,9 +73,11 @@ class LayerSlots:
         Returns:
             int32 `[num_slots]`, valid until the next call. Where slices differ, the largest of theirs.
         """
-        if torch.compiler.is_compiling() or self._stacked[0].is_inference():  # inference tensors count no writes
+        if not self._counts_ranks:
             return self.full_ranks
-        writes = sum([each._version for each in self._counted])
+        writes = 0
+        for each in self._counted:
+            writes += each._version
         if writes == self._seen_writes and used is self._seen_slots:
             return self._ranks
         if writes != self._seen_writes:
