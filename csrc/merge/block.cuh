@@ -237,11 +237,10 @@ class TileChange {
 
   PYLORA_DEVICE void count_not_finite() {
     bool finite = true;
-    sums_.for_each([&](int row, int column, const C(&sums)[kRun]) {
+    sums_.for_each([&](int row, int column, const C(&sums)[kRun]) {  // beyond W's edges all is zeros
       const RunOf before = *reinterpret_cast<const RunOf*>(tile_ + row * kLine + column);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        if (row >= rows_ || column + i >= columns_) continue;
         const C rounded =
             value_of<T>(round_to<T>(put_in_value(value_of<T>(before.element[i]), sums[i], row, column + i)));
         finite = finite && rounded - rounded == C(0);
@@ -258,7 +257,6 @@ class TileChange {
     if (threadIdx.x == 0) box_[kWarps] = reserve(encoder.bytes());
     __syncthreads();
     const int unit = box_[kWarps];
-    __syncthreads();
     if (unit < 0) return false;
     const int64_t offset = static_cast<int64_t>(unit) * kPayloadUnit;
     if (threadIdx.x == 0) cuda::store_global(work_.write.chunks + chunk_at(h), encoder.header(offset, sum));

@@ -211,13 +211,14 @@ def test_the_log_is_what_its_format_says(one_order, dtype, tensor_cores):
     """Payloads of every kind, held to an account of the format that shares nothing with the kernels."""
     kernels, kinds = MergeKernels(one_order, tensor_cores), set()
     for share, sparse_rows, nans in [(0.02, 40, False), (1.0, 1, False), (1e30, 1, True), (0.0, 1, False)]:
-        w = weight(40, 200, dtype, special=nans)
-        a, b = adapter(40, 200, 3, min(share, 1e4 if dtype == torch.float16 else share))
+        w = weight(41, 200, dtype, special=nans)
+        a, b = adapter(41, 200, 3, min(share, 1e4 if dtype == torch.float16 else share))
         b[1:39] *= sparse_rows == 1  # rows between that need no entry: gaps beyond 255
         if nans:
             w[:, :TILE_COLUMNS] = torch.nan
             bits(w)[:, :TILE_COLUMNS] += torch.arange(TILE_COLUMNS, dtype=bits(w).dtype)
             w[3, 100:110] = -0.0
+            a[0, 190] = torch.inf  # beyond W's edge 0 * inf is no zero
         before, adapters = copy(w), [Adapter(a, b, 0.5)]
         log = kernels.new_log(w, 4 * w.nbytes)
         kernels.merge(w, adapters, log)
@@ -232,6 +233,25 @@ def test_the_log_is_what_its_format_says(one_order, dtype, tensor_cores):
             else:
                 assert torch.equal(decoded(log, chunk, bits(w)[part].clone()), bits(before)[part])
     assert kinds == {EMPTY, SPARSE, BITMAP, DENSE}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_chunk_that_is_the_cpus_has_its_payload(one_order, fused, dtype):
+    """One of 32 x 128 is 4096 elements in row order; gaps of any length."""
+    kernels = MergeKernels(one_order)
+    far_a, far_b = torch.zeros(2, 128), torch.zeros(32, 2)
+    far_a[0, 0] = far_a[1, 126] = 1.0
+    far_b[0, 0] = far_b[3, 1] = 3e4  # elements 0 and 510
+    factors = [adapter(32, 128, 3, share, torch.float32) for share in (0.0, 0.003, 0.3, 30.0)]
+    for special, (a, b) in itertools.product((False, True), [*factors, (far_a, far_b)]):
+        w = weight(32, 128, dtype, special=special)
+        on_cpu, log = copy(w), kernels.new_log(w, 2 * w.nbytes)
+        kernels.merge(w, [Adapter(a, b, 0.5)], log)
+        cpu_log = merge_(on_cpu, [a], [b], [0.5])
+        _, kind, _, entries, size = log.header(0)
+        expected = DeviceLog(cpu_log[64:80], cpu_log[80:]).header(0)
+        assert (kind, entries, size) == (expected[1], expected[3], expected[4])
+        assert torch.equal(log.data[:size], cpu_log[80:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
