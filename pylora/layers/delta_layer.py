@@ -119,6 +119,8 @@ class DeltaLayer(nn.Module, LoraLayer):
             rows_of_names = self._last_row_names = RowNames(adapter_names)
         fused = None if args or kwargs else self._fused_mixed_batch(x, rows_of_names)
         result, done = (self.base_layer(x, *args, **kwargs), ()) if fused is None else fused
+        if len(done) == len(rows_of_names.rows_of):
+            return result
         for name, rows in rows_of_names.rows_of.items():
             if name in done or not self._has_adapter(name):
                 continue
