@@ -16,6 +16,7 @@ from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.embedding import Embedding
 from pylora.layers.linear import Linear
 from pylora.layers.undo import MergeRecord, for_good
+from pylora.ops.devices import kernels_serve
 
 # What pylora's methods ask of a layer that merges, and PEFT's have not; the rest has the same names.
 _BORROWED = (
@@ -85,7 +86,7 @@ class Served:
             return False
         # A registered parameter: MultiheadAttention puts tensors with a graph in the place of weights.
         weight = module.get_base_layer()._parameters.get("weight")
-        if type(weight) is not nn.Parameter or not weight.is_cpu or not weight.is_floating_point():
+        if type(weight) is not nn.Parameter or not kernels_serve(weight.device) or not weight.is_floating_point():
             return False
         names = module.active_adapters if adapter_names is None else adapter_names
         variants = [module.lora_variant[name] for name in names if name in module.lora_variant]
