@@ -14,10 +14,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1), (3, 7), (5, 64), (2, 65), (37, 133), (9, 1000)]
 
 
-def dropped(x: torch.Tensor, dropout_p: float, rng: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+def dropped(x: torch.Tensor, dropout_p: float, rng: torch.Tensor, schedule: Schedule, **settings: int) -> torch.Tensor:
     num_tokens, width = x.shape
     out = torch.full((num_tokens, width + 3), float("nan"), dtype=x.dtype)
-    with emulated(schedule) as module:
+    with emulated(schedule, **settings) as module:
         module.lora.dropout(
             num_tokens=num_tokens, width=width, dtype=x.dtype, dropout=(dropout_p, rng), x=x, out=out[:, :width]
         )
@@ -46,6 +46,12 @@ def test_rows_of_a_larger_tensor() -> None:
     memory, rng = torch.randn(6, 200), torch.tensor([1, 2])
     x = memory[:, 11:111]
     check(dropped(x, 0.3, rng, SCHEDULES[0]), x, 0.3, rng)
+
+
+def test_threads_take_one_item_after_another() -> None:
+    """One multiprocessor has fewer threads than there are items."""
+    x, rng = torch.randn(80, 1000), torch.tensor([5, 6])
+    check(dropped(x, 0.3, rng, SCHEDULES[0], multiprocessors=1), x, 0.3, rng)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])

@@ -127,6 +127,19 @@ def test_grid(device, dtype, factor_dtype):
             assert not grad[:, PADDING].any()
 
 
+def test_tokens_that_an_adapter_does_not_have(device):
+    """Beyond A's columns on either side nothing is read or added, and no gradient arises."""
+    a, b = adapters([5], 24, torch.float32)
+    tokens = torch.tensor([[0, COLUMNS, -1, COLUMNS - 1, 2**40]])
+    y, dy = torch.randn(5, 24), torch.randn(5, 24)
+    result, (da, _) = run(device, y, dy, tokens, torch.zeros(1, dtype=torch.int32), a, b, [1.0])
+    has = torch.tensor([True, False, False, True, False])
+    assert torch.equal(result[~has], y[~has])
+    assert_near(result[has], y[has].double() + a[0].T[tokens[0, has]].double() @ b[0].T.double(), 6, "y")
+    assert_near(da[:, [0, COLUMNS - 1]], (dy[has].double() @ b[0].double()).T, 24, "da")
+    assert not da[:, 1:-1].any()
+
+
 @pytest.mark.emulator
 @pytest.mark.parametrize(("rank", "requested"), [(8, 2.0), (16, 2.0), (64, 2.1)])
 def test_bytes(rank, requested):

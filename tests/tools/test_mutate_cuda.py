@@ -30,7 +30,7 @@ def test_every_kernel_and_every_kind_of_fault(tool):
     assert all(len(list(tool.mutants_of(kernel))) >= 4 for kernel in tool.KERNELS)
     for mutant in mutants:
         assert (ROOT / mutant.path).read_text().splitlines()[mutant.line - 1] != mutant.text
-    assert all((ROOT / tests).is_file() for _, tests in tool.KERNELS.values())
+    assert all((ROOT / test).is_file() for _, tests in tool.KERNELS.values() for test in tests)
 
 
 def test_every_cuda_file_of_the_segments_is_some_kernels(tool):
