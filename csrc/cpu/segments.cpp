@@ -11,6 +11,8 @@ PYLORA_KERNEL_TABLE(SegmentLookupKernels, segment_lookup_kernels)
 namespace pylora {
 namespace {
 
+constexpr int64_t kFewTokens = 4;  // a segment of fewer waits for its factors rather than for arithmetic
+
 int index(DType dtype) { return static_cast<int>(dtype); }
 
 ConstMatrix transposed(ConstMatrix m) { return {m.data, m.column_stride, m.row_stride}; }
@@ -35,6 +37,16 @@ int64_t segment_of(const SegmentPlan& plan, int64_t p) {
     (plan.begin_of(middle) <= p ? low : high) = middle;
   }
   return low;
+}
+
+/// Calls the first lines of a factor's rows: each lies in a page of its own, whose address takes as long to find as the
+/// line to come, and the processor reads ahead only from the second line on.
+void call_rows(ConstMatrix factor, int64_t rows, int64_t element_bytes) {
+  const char* row = static_cast<const char*>(factor.data);
+  for (int64_t r = 0; r < rows; ++r, row += factor.row_stride * element_bytes) {
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + 64);
+  }
 }
 
 /// body(slot, begin, end) for each segment's part of the positions [begin, end), where there is something to add.
@@ -74,6 +86,12 @@ Status run_forward(const Context& context, const SegmentForward& args) {
   const int64_t* columns = args.one_hot.columns;
   const int64_t work = s.v_stride * ((kShrink && !columns ? s.in_features : 0) + (kExpand ? s.out_features : 0));
   parallel_for(context, args.plan.num_positions(), grain(work), [&](int64_t begin, int64_t end) {
+    // While a segment's few tokens are expanded, the next one's A is under way.
+    const auto call_next = [&](int64_t first, int64_t last) {
+      if (last - first > kFewTokens || last == end) return;
+      const int32_t next = args.plan.slots[segment_of(args.plan, last)];
+      if (next >= 0) call_rows(args.slots[next].a, args.slots[next].rank, dtype_bytes(args.slots[next].dtype));
+    };
     for_each_part(args.plan, args.slots, begin, end, [&](const SegmentSlot& slot, int64_t first, int64_t last) {
       if (kShrink && columns) {
         look_up(first, last, args.plan, columns, slot.a, slot.dtype, slot.rank, args.v, s.v_stride);
@@ -81,6 +99,7 @@ Status run_forward(const Context& context, const SegmentForward& args) {
         shrink(first, last, args.plan, args.x, s.in_features, slot.a, slot.dtype, slot.rank, 1.0, slot.dropout, args.v,
                s.v_stride);
       }
+      if (kShrink && kExpand && !columns) call_next(first, last);
       if (kExpand) {
         expand(first, last, args.plan, args.v, s.v_stride, transposed(slot.b), slot.dtype, slot.rank, slot.scaling,
                Dropout{}, args.y, s.out_features);
