@@ -11,7 +11,7 @@ PYLORA_KERNEL_TABLE(SegmentLookupKernels, segment_lookup_kernels)
 namespace pylora {
 namespace {
 
-constexpr int64_t kFewTokens = 4;  // a segment of fewer waits for its factors rather than for arithmetic
+constexpr int64_t kFewTokens = 4;  // a segment of no more waits for its factors rather than for arithmetic
 
 int index(DType dtype) { return static_cast<int>(dtype); }
 

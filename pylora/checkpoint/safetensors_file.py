@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pylora import _memory
 from pylora.checkpoint.safetensors_header import BrokenFileError, Entry, read_at, read_header
 
 _ALIGNMENT = 64  # of a tensor, as torch's allocator has it
@@ -64,7 +65,7 @@ class ReadingMemory:
     def take(self, size: int) -> mmap.mmap:
         """At least `size` bytes, which the tensors of the file before may lie in."""
         if self._memory is None or len(self._memory) < size:
-            self._memory = _new_memory(size)
+            self._memory = _memory.anonymous(size, large_pages=True)
         return self._memory
 
 
@@ -92,7 +93,7 @@ class SafetensorsReading:
             file = to_close.enter_context(open(path, "rb", buffering=0))
             header, start = read_header(file.fileno())
             pieces, size = _pieces(header.entries)
-            block = _Block(_new_memory(size) if memory is None else memory.take(size))
+            block = _Block(_memory.anonymous(size) if memory is None else memory.take(size))
             self.tensors = {key: block.tensor(piece) for key, piece in zip(header.entries, pieces, strict=True)}
             buffers = [block.view[piece.begin : piece.begin + piece.length] for piece in pieces]
             read = partial(self._read, to_close.pop_all(), file.fileno(), start, buffers)
@@ -133,14 +134,6 @@ def _pieces(entries: Mapping[str, Entry]) -> tuple[list[_Piece], int]:
         pieces.append(_Piece(dtype, entry.shape, place, length))
         place += -(-length // _ALIGNMENT) * _ALIGNMENT
     return pieces, place
-
-
-def _new_memory(size: int) -> mmap.mmap:
-    # Private: what a forked process writes is its own.
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # 10 MB by pages of 4 KB take 7 ms to be touched first, and 1 ms to be read
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 class _Block:

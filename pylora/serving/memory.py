@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import mmap
 
 import torch
 from torch import Tensor
+
+from pylora import _memory
 
 _HUGE_PAGE = 2 << 20
 
@@ -18,10 +19,8 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     the page tables, at which the processor stops reading ahead. Pages are backed when they are first written.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < _HUGE_PAGE:
         return torch.zeros(shape, dtype=dtype)
-    area = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    area.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(area, dtype=torch.uint8)
+    whole = torch.frombuffer(_memory.anonymous(size + _HUGE_PAGE, large_pages=True), dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE
     return whole[start : start + size].view(dtype).view(shape)

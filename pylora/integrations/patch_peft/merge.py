@@ -16,7 +16,7 @@ from pylora.layers.delta_layer import DeltaLayer
 from pylora.layers.embedding import Embedding
 from pylora.layers.linear import Linear
 from pylora.layers.undo import MergeRecord, for_good
-from pylora.ops.devices import kernels_serve
+from pylora.ops import kernels_serve
 
 # What pylora's methods ask of a layer that merges, and PEFT's have not; the rest has the same names.
 _BORROWED = (
